@@ -17,9 +17,10 @@ from convert.casts import check_cast
 from convert.hashes import hashing
 from convert.source import Summary, check_cast_of
 from glm4v_jax.checkpoints import hf_mapping, orbax_write
+from glm4v_jax.checkpoints.arrays import array_of
 from glm4v_jax.checkpoints.atomic_directory import check_room
 from glm4v_jax.checkpoints.hf_write import PYTORCH
-from glm4v_jax.checkpoints.leaves import Leaves, array_of, in_groups
+from glm4v_jax.checkpoints.leaves import Leaves, in_groups
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, Weights, leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves

@@ -12,9 +12,9 @@ import jax
 from jax.typing import DTypeLike
 
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.arrays import array_of
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
 from glm4v_jax.checkpoints.hf_write import save_pretrained, total_bytes
-from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.merge_adapter import MergedTensor, extra_tensors, merged_tensors, write_merged
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights

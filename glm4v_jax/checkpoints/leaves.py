@@ -3,15 +3,14 @@
 Paths are those of a model that keeps its layers one by one: "language_model.layers.0.mlp.gate_up.kernel".
 """
 
+import functools
 import math
-import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
@@ -23,26 +22,22 @@ from glm4v_jax.checkpoints.compressed_tensors import (
     stored_leaves,
     write_signed,
 )
+from glm4v_jax.checkpoints.mapped_file import PART_BYTES
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
 from glm4v_jax.checkpoints.strided_copy import convert, copy
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import StoredQuantization, ignored_layers, stored_quantization
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
 from glm4v_jax.model.lora import is_lora
 from glm4v_jax.model.params import kernels, leaf_paths
-from glm4v_jax.model.quantize import is_scale, kernel_path, scale_path
+from glm4v_jax.model.quantize import is_scale, kernel_path, quantize_rows, scale_path
 
-# Where an array starts at a multiple of this, JAX on a CPU takes its memory over instead of copying it.
-_ALIGNMENT = 64
-
-# So much of a leaf is copied from its file before the pages are given back.
-_PIECE_BYTES, _FEW_BYTES = 64 << 20, 1 << 20
-
-# NumPy asks for huge pages from this size on, which took three times as long to get as small ones on a virtual machine.
-_HUGE_BYTES = 4 << 20
+# So much of a leaf is copied from its file at a time, by each thread.
+_PIECE_BYTES = PART_BYTES
 
 # Stacked leaves of up to this size are read whole. Larger ones are filled layer by layer, by two programs for each
 # shape, which together take 0.06 s to compile.
@@ -74,6 +69,10 @@ class Leaves(Protocol):
 
     def release(self) -> None:
         """Give back memory that reading has taken; what has been read stays valid."""
+        ...
+
+    def bypass_cache(self) -> None:
+        """Read past the system's page cache from now on, where that can be done."""
         ...
 
 
@@ -156,21 +155,48 @@ class TensorLeaves:
                 leaf = part.rule.to_leaf(self._weight(name), self._sizes)
             self._copy(own, leaf[of_tensor])
 
+    def fill_int8(self, out: np.ndarray, scale: np.ndarray, path: str, inputs: Sequence[int]) -> None:
+        """Write a leaf of floats as int8, and its scales, which the axes `inputs` share: those of `quantize_kernel`."""
+        for name, part in self._tensors[path].items():
+            index = part.rule.index
+            own, own_scale = out[index], np.expand_dims(scale, tuple(inputs))[index]
+            view = part.rule.to_leaf(self._files.read(name), self._sizes)
+            outputs = [axis for axis in range(view.ndim) if axis not in inputs]
+            map_threads(functools.partial(self._quantize, own, own_scale, view, outputs), _pieces(view, outputs))
+
+    def _quantize(
+        self, out: np.ndarray, scale: np.ndarray, view: np.ndarray, outputs: Sequence[int], piece: Slices
+    ) -> None:
+        order = [*outputs, *(axis for axis in range(view.ndim) if axis not in outputs)]
+        with self._files.fetched(view[piece]) as values:
+            rows = values.transpose(order)
+            count = math.prod(rows.shape[: len(outputs)])
+            integers, scales = quantize_rows(rows.reshape(count, -1))
+        copy(out[piece], integers.reshape(rows.shape).transpose(np.argsort(order)))
+        scale[piece] = scales.reshape([size if axis in outputs else 1 for axis, size in enumerate(values.shape)])
+
     def release(self) -> None:
         """Give back the pages of the files that have been read."""
         self._kept.last = None
         self._files.release()
 
+    def bypass_cache(self) -> None:
+        """Read past the page cache; see `MappedFile.bypass_cache`."""
+        self._files.bypass_cache()
+
     def _copy(self, out: np.ndarray, view: np.ndarray) -> None:
-        """Copy a view of a file piece by piece, and give back the pages of each unless they are few."""
+        """Copy a view of a file, or integers that were unpacked, piece by piece in threads."""
         write = write_signed if (view.dtype, out.dtype) == (np.uint8, np.int8) else convert
-        slowest = max(range(view.ndim), key=lambda axis: abs(view.strides[axis]))
-        rows = max(1, _PIECE_BYTES * view.shape[slowest] // max(1, view.nbytes))
-        for first in range(0, view.shape[slowest], rows):
-            piece = (*(slice(None),) * slowest, slice(first, first + rows))
-            copy(out[piece], view[piece], write)
-            if view.nbytes > _FEW_BYTES:
-                self._files.release()
+        errors = np.geterr()
+
+        def one(piece: Slices) -> None:
+            part = view[piece]
+            with np.errstate(**errors), self._files.fetched(part) as values:  # type: ignore[arg-type]
+                copy(out[piece], values, write)
+                if values is part:
+                    self._files.release()
+
+        map_threads(one, _pieces(view))
 
     def _weight(self, name: str) -> np.ndarray:
         """A tensor, or its integers: those of 4 bits are kept, as slices of a leaf come one after another."""
@@ -188,6 +214,20 @@ class TensorLeaves:
         for name, part in self._tensors[kernel_path(path)].items():
             ScaleLayout.of(part.rule, self.stored, self._sizes).fill(leaf, self._quantized[name].scale())
         return leaf
+
+
+def _pieces(view: np.ndarray, axes: Sequence[int] | None = None) -> Iterator[Slices]:
+    """Cut a view along `axes`, or any: slices of `_PIECE_BYTES` at most, the bytes of each as near as can be."""
+    axes = range(view.ndim) if axes is None else axes
+    axis = max(axes, key=lambda axis: (view.shape[axis] > 1, abs(view.strides[axis])), default=None)
+    if axis is None or view.nbytes <= _PIECE_BYTES or view.shape[axis] == 1:
+        yield (slice(None),) * view.ndim
+        return
+    rows = max(1, _PIECE_BYTES * view.shape[axis] // view.nbytes)
+    for first in range(0, view.shape[axis], rows):
+        part = slice(first, first + rows)
+        for within in _pieces(view[(*(slice(None),) * axis, part)], axes):
+            yield (*within[:axis], part, *within[axis + 1 :])
 
 
 class ModelLeaves:
@@ -234,66 +274,6 @@ class ModelLeaves:
 @jax.jit
 def _take(leaf: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
-
-
-def array_of(
-    leaves: Leaves,
-    path: str | Sequence[str],
-    spec: PartitionSpec,
-    dtype: np.dtype[Any],
-    *,
-    pairs_along: int | None = None,
-    count: Callable[[int], None] | None = None,
-) -> Array:
-    """Put a leaf of a checkpoint on the devices of the current mesh; each process reads what its own devices hold.
-
-    Args:
-      leaves: of the checkpoint.
-      path: of the leaf; or the paths of all layers' leaves, to get them stacked, [L, ...].
-      spec: sharding of the leaf, or of each layer's.
-      dtype: that it gets.
-      pairs_along: the last input axis of a leaf that `Leaves.has_pairs`, to get uint8 of half its length.
-      count: called with the number of bytes read, for each slice.
-    """
-    layers = None if isinstance(path, str) else path
-    of_layer = path if isinstance(path, str) else path[0]
-    info = leaves.infos.get(of_layer) or leaves.extras[of_layer]
-    if pairs_along is not None:
-        length = info.shape[pairs_along] // 2
-        info = TensorInfo((*info.shape[:pairs_along], length, *info.shape[pairs_along + 1 :]), np.dtype(np.uint8))
-        dtype = info.dtype
-    shape = info.shape
-    if layers is not None:
-        shape, spec = (len(layers), *shape), PartitionSpec(None, *spec)
-    read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-    def slice_of(index: Slices) -> np.ndarray:
-        index = (*index, *(slice(None),) * (len(shape) - len(index)))
-        key = tuple(entry.indices(length) for entry, length in zip(index, shape, strict=True))
-        if key not in read:  # or devices that hold the same would read it again
-            read[key] = _aligned([len(range(*bounds)) for bounds in key], dtype)
-            if layers is None:
-                leaves.fill(read[key], of_layer, index)
-            else:
-                for layer, name in enumerate(layers):
-                    leaves.fill(read[key][layer, ...], name, index[1:])
-            if count is not None:
-                count(read[key].size * info.dtype.itemsize)
-        return read[key]
-
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
-    return jax.make_array_from_callback(shape, sharding, slice_of, dtype=dtype)
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array whose memory JAX on a CPU takes over, so that nothing is copied twice."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes >= _HUGE_BYTES and hasattr(mmap, "MAP_ANONYMOUS"):
-        pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(pages, dtype).reshape(shape)
-    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def read_order(infos: Mapping[str, TensorInfo], stacked: bool) -> list[list[str]]:

@@ -4,8 +4,9 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,8 @@ from jaxtyping import Array
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.adapter_files import read_adapter
-from glm4v_jax.checkpoints.leaves import array_of, read_order
+from glm4v_jax.checkpoints.arrays import array_of, int8_of
+from glm4v_jax.checkpoints.leaves import TensorLeaves, read_order
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, needed_bytes
 from glm4v_jax.checkpoints.safetensors import TensorInfo
@@ -26,6 +28,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.devices.hardware import check_32_bits
+from glm4v_jax.devices.memory import cgroup_memory, host_memory
 from glm4v_jax.devices.mesh import (
     REPLICATED,
     Rules,
@@ -60,6 +63,7 @@ from glm4v_jax.model.quantize import (
 from glm4v_jax.model.rules import rules_for
 from glm4v_jax.model.runtime import Runtime
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
@@ -204,9 +208,8 @@ def load_model(
 ) -> Glm4v:
     """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
 
-    Every tensor is checked against the table before the first is read. Host memory holds this process's shards of one
-    leaf of one layer at a time, of integers those of a few; a device holds its shards of the model, and stacked leaves
-    are filled in place.
+    Every tensor is checked against the table before the first is read. Host memory holds this process's shards of a few
+    leaves of a layer at a time; a device holds its shards of the model, and stacked leaves are filled in place.
 
     Args:
       directory: a checkpoint, in Hugging Face layout or in Orbax format.
@@ -253,10 +256,13 @@ def load_model(
     numbers = dtype.name if quantize is None else quantize.dtype
     if quantize is None and stored is not None:
         numbers = f"{stored.dtype} and {numbers}"
-    check_fits(needed_bytes(abstract, reserve), f"weights in {numbers}", str(directory), instead)
+    needed, total = needed_bytes(abstract, reserve), sum(info.nbytes for info in leaves.infos.values())
+    check_fits(needed, f"weights in {numbers}", str(directory), instead)
+    if total > _room(needed):
+        leaves.bypass_cache()
     linears = kernels(structure.unflatten(list(abstract.values())))
     arrays: dict[str, Any] = dict(abstract)
-    done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
+    done, released = 0, 0
 
     def spec_of(path: str) -> PartitionSpec:
         if (linear := linears.get(hf_mapping.layerless_path(path))) is not None:
@@ -265,10 +271,35 @@ def load_model(
         spec = abstract[target].sharding.spec
         return spec if layer is None else PartitionSpec(*spec[1:])
 
-    def read(path: str) -> tuple[Array, Array]:
-        """The integers of a kernel, and their scale, as `quantized_leaves` makes them."""
-        assert stored is not None
-        linear, scale = linears[hf_mapping.layerless_path(path)], leaves.infos[scale_path(path)]
+    one_cpu = platform() == "cpu" and jax.sharding.get_mesh().size == 1
+
+    def in_floats(paths: Sequence[str]) -> bool:
+        """Whether a leaf is floats on its devices, which quantise it there: only one at a time shall be."""
+        target, _ = hf_mapping.stacked_path(paths[0]) if stacked else (paths[0], None)
+        if scale_path(target) not in abstract or scale_path(paths[0]) in leaves.infos:
+            return False
+        on_host = one_cpu and len(paths) == 1 and isinstance(leaves, TensorLeaves)
+        return not on_host or abstract[target].dtype != jnp.int8
+
+    def read(paths: Sequence[str]) -> tuple[Array, ...]:
+        """A leaf, or all layers of one; and its scale, if it is in integers."""
+        path, source = paths[0], paths if len(paths) > 1 else paths[0]
+        target, _ = hf_mapping.stacked_path(path) if stacked else (path, None)
+        linear = linears.get(hf_mapping.layerless_path(path))
+        if scale_path(target) not in abstract:
+            return (array_of(leaves, source, spec_of(path), dtype),)
+        if in_floats(paths):  # not rounded to `dtype` first
+            kernel = array_of(leaves, source, spec_of(path), leaves.infos[path].dtype)
+            if linear is None:
+                return quantize_embedding(kernel)
+            own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
+            assert own is not None
+            return quantize_kernel(kernel, linear.in_axes, linear.out_axes, own)
+        if scale_path(path) not in leaves.infos:
+            assert isinstance(leaves, TensorLeaves)
+            return int8_of(leaves, path, spec_of(path), [1] if linear is None else range(len(linear.in_axes)))
+        assert stored is not None and linear is not None
+        scale = leaves.infos[scale_path(path)]
         scales = array_of(leaves, scale_path(path), partition(*scale_axes(linear, len(scale.shape))), scale.dtype)
         axis = len(linear.in_axes) - 1
         if leaves.has_pairs(path) and is_packed(leaves.infos[path].shape[axis] // scale.shape[axis]):
@@ -277,27 +308,17 @@ def load_model(
         return quantized_leaves(integers, scales, axis, QuantConfig(stored.dtype))
 
     parts = read_order(leaves.infos, stacked)
-    quantised = [path for path, *_ in parts if scale_path(path) in leaves.infos]
-    with contextlib.closing(_ahead(read, quantised)) as in_integers:
-        for path, *others in parts:
-            info, source = leaves.infos[path], [path, *others] if others else path
+    ahead = [paths for paths in parts if not in_floats(paths)]
+    with contextlib.closing(_ahead(read, ahead)) as found:
+        for paths in parts:
+            path, *others = paths
             target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
             linear = linears.get(hf_mapping.layerless_path(path))
-            if scale_path(target) not in abstract:
-                made = {target: array_of(leaves, source, spec_of(path), dtype)}
-            elif scale_path(path) in leaves.infos:
-                made = dict(zip((target, scale_path(target)), next(in_integers), strict=True))
+            leaf = read(paths) if in_floats(paths) else next(found)
+            made = dict(zip((target, scale_path(target)), leaf, strict=False))
+            del leaf
+            if scale_path(path) in leaves.infos:
                 done += leaves.infos[scale_path(path)].nbytes
-            else:  # from the checkpoint's numbers, not rounded to `dtype` first
-                kernel = array_of(leaves, source, spec_of(path), info.dtype)
-                if linear is not None:
-                    own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
-                    assert own is not None
-                    pair = quantize_kernel(kernel, linear.in_axes, linear.out_axes, own)
-                else:
-                    pair = quantize_embedding(kernel)
-                made = dict(zip((target, scale_path(target)), pair, strict=True))
-                del kernel
             for name, array in made.items():
                 if linear is not None and array.ndim == len(linear.axes) + bool(others):
                     array = in_order(array, linear, 0, linear.leading)
@@ -316,16 +337,23 @@ def load_model(
     return jax.tree.unflatten(structure, [arrays[path] for path in abstract])
 
 
-def _ahead(function: Callable[[str], T], items: Iterable[str], count: int = 2) -> Generator[T, None, None]:
+def _room(needed: int) -> float:
+    """Return the bytes of the page cache that this host has room for beside what is to be loaded."""
+    memories = [memory.free for memory in (host_memory(), cgroup_memory()) if memory is not None]
+    on_host = needed * len(jax.sharding.get_mesh().local_devices) if platform() == "cpu" else 0
+    return min(memories, default=math.inf) - on_host
+
+
+def _ahead(function: Callable[[S], T], items: Iterable[S], count: int = 2) -> Generator[T, None, None]:
     """Call a function that reads with each item, in order, in threads that are this many results ahead.
 
     An error of the function is raised in the place of its result; no thread outlives the iterator.
     """
-    mesh, rules = jax.sharding.get_mesh(), current_rules()
+    mesh, rules, errors = jax.sharding.get_mesh(), current_rules(), np.geterr()
     pending = collections.deque[concurrent.futures.Future[T]]()
 
-    def call(item: str) -> T:
-        with use_mesh(mesh, rules):  # a thread does not inherit them
+    def call(item: S) -> T:
+        with use_mesh(mesh, rules), np.errstate(**errors):  # type: ignore[arg-type]  # a thread inherits none of them
             return function(item)
 
     with concurrent.futures.ThreadPoolExecutor(count, _READER) as threads:

@@ -156,6 +156,9 @@ class OrbaxLeaves:
     def release(self) -> None:
         """Nothing is kept between reads."""
 
+    def bypass_cache(self) -> None:
+        """TensorStore decides."""
+
 
 def _check_scheme(
     stored: StoredQuantization, quantized: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], where: str

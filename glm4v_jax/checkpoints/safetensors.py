@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from glm4v_jax.checkpoints.mapped_file import MappedFile
 from glm4v_jax.checkpoints.strided_copy import in_order
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.errors import CheckpointError, counted, not_there
@@ -141,6 +142,11 @@ class SafetensorsFile(TensorInfos):
 
     The file must not be changed in place while it or an array of it lives (replacing it by renaming is safe).
 
+    Attributes:
+      path: of the file.
+      metadata: of its header.
+      mapped: its bytes.
+
     Raises:
       CheckpointError: the file cannot be read, is truncated or corrupt, or holds a dtype that NumPy cannot.
     """
@@ -152,8 +158,7 @@ class SafetensorsFile(TensorInfos):
                 self.metadata: dict[str, str] = dict(opened.metadata() or {})
                 names = opened.offset_keys()
                 headers = [(opened.get_slice(name).get_shape(), opened.get_slice(name).get_dtype()) for name in names]
-            with self.path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.mapped = MappedFile(self.path)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {_damage(self.path)} ({error})") from error
         except OSError as error:
@@ -167,7 +172,7 @@ class SafetensorsFile(TensorInfos):
                 raise CheckpointError(f"{self.path}: {name}: found dtype {code}; expected one of {', '.join(_DTYPES)}")
             self._infos[name] = TensorInfo(tuple(shape), _DTYPES[code], self.path)
         # The tensors, in the order of their offsets, fill the file from the header's end to its own.
-        offset = len(self._bytes) - sum(info.nbytes for info in self._infos.values())
+        offset = len(self.mapped.memory) - sum(info.nbytes for info in self._infos.values())
         self._offsets: dict[str, int] = {}
         for name, info in self._infos.items():
             self._offsets[name] = offset
@@ -182,7 +187,7 @@ class SafetensorsFile(TensorInfos):
           KeyError: there is no such tensor.
         """
         info = self._infos[name]
-        view: np.ndarray = np.ndarray(info.shape, info.dtype, buffer=self._bytes, offset=self._offsets[name])
+        view: np.ndarray = np.ndarray(info.shape, info.dtype, buffer=self.mapped.memory, offset=self._offsets[name])
         return np.asarray(view[index])
 
     def release(self) -> None:
@@ -192,7 +197,7 @@ class SafetensorsFile(TensorInfos):
         one end to the other looks like holding all of it.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._bytes.madvise(mmap.MADV_DONTNEED)
+            self.mapped.memory.madvise(mmap.MADV_DONTNEED)
 
 
 class CheckpointFiles(TensorInfos):
@@ -207,6 +212,16 @@ class CheckpointFiles(TensorInfos):
     def read(self, name: str, index: Index = ...) -> np.ndarray:
         """Return a tensor or a basic slice of it as a read-only view; see `SafetensorsFile.read`."""
         return self._file_of[name].read(name, index)
+
+    def fetched(self, view: np.ndarray) -> contextlib.AbstractContextManager[np.ndarray]:
+        """Give an array equal to a view that `read` made, or to any other array; see `MappedFile.fetched`."""
+        mapped = next((file.mapped for file in self.files if file.mapped.holds(view)), None)
+        return contextlib.nullcontext(view) if mapped is None else mapped.fetched(view)
+
+    def bypass_cache(self) -> None:
+        """Let `fetched` read past the page cache; see `MappedFile.bypass_cache`."""
+        for file in self.files:
+            file.mapped.bypass_cache()
 
     @property
     def metadata(self) -> dict[str, str]:

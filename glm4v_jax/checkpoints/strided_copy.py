@@ -9,14 +9,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from glm4v_jax.checkpoints.mapped_file import PART_BYTES
 from glm4v_jax.inputs.media.threads import map_threads, num_workers
 
 # A tile: rows of the source, and bytes of each. It stays in the cache, and is read and written in whole lines.
-_ROWS, _ROW_BYTES = 256, 1024
+_ROWS, _ROW_BYTES = 512, 512
 # Elements between the rows of its copy at most.
 _GAP = 64
-# What is smaller is copied in one thread.
-_SMALL_BYTES = 4 << 20
+# No more than this is copied in one thread: a part of a file, as what is of twice its width.
+_SMALL_BYTES = 2 * PART_BYTES
 
 Write = Callable[[np.ndarray, np.ndarray], None]
 """Writes what becomes of the second array into the first, element by element."""
@@ -55,7 +56,7 @@ def copy(target: np.ndarray, source: np.ndarray, write: Write = convert) -> None
         with np.errstate(**errors):  # type: ignore[arg-type]  # a thread does not inherit it
             work(target[piece], source[piece])
 
-    if target.nbytes < _SMALL_BYTES:
+    if target.nbytes <= _SMALL_BYTES:
         for piece in pieces:
             one(piece)
     else:

@@ -31,6 +31,8 @@ from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matchi
 
 _LARGEST = {"int8": 127, "int4": 7}
 _SCALE = "_scale"
+_TILE = 1 << 18
+"""Numbers that are quantised at a time on the host, which stay in its cache."""
 _EMBEDDING = "language_model.embed_tokens.embedding"
 
 
@@ -264,6 +266,31 @@ def quantize_embedding(table: Float[Array, "V D"]) -> tuple[Int[Array, "V D"], F
     values = table.astype(jnp.float32)
     scale = _scales(values, (1,), "int8")
     return jnp.round(values / scale).astype(jnp.int8), mesh.reshard(jnp.squeeze(scale, 1), "vocab")
+
+
+def quantize_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise floats [O, I] on the host: int8 [O, I] and float32 scales [O], bit for bit those of `quantize_kernel`.
+
+    >>> integers, scales = quantize_rows(np.array([[1, -2.54], [0, 0]], np.float32))
+    >>> integers.tolist(), scales.round(3).tolist()
+    ([[50, -127], [0, 0]], [0.019999999552965164, 1.0])
+    """
+    integers, scales = np.empty(values.shape, np.int8), np.empty((len(values), 1), np.float32)
+    step = max(1, _TILE // max(1, values.shape[1]))
+    for first in range(0, len(values), step):
+        rows = slice(first, first + step)
+        if values.dtype == jnp.bfloat16:  # the upper half of float32; ten times as fast as `astype`
+            floats = np.left_shift(values[rows].view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+        else:
+            floats = values[rows].astype(np.float32)
+        with np.errstate(all="ignore"):
+            largest = np.abs(floats).max(1, keepdims=True, initial=0)
+            # XLA multiplies by reciprocals where a divisor is shared.
+            scale = np.where(largest == 0, np.float32(1), largest * np.float32(1 / _LARGEST["int8"]))
+            scale[~np.isfinite(largest)] = np.nan
+            floats *= np.float32(1) / scale
+            integers[rows], scales[rows] = np.rint(floats, out=floats), scale
+    return integers, scales[:, 0]
 
 
 def _scales(values: Float[Array, "..."], over: tuple[int, ...], dtype: str) -> Float[Array, "..."]:

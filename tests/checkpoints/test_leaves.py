@@ -1,13 +1,10 @@
-"""Leaves come in groups of bounded size, and are in memory once."""
-
-from types import SimpleNamespace
+"""Leaves come in groups of bounded size, and are cut into pieces of bounded size that are all of them."""
 
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from glm4v_jax.checkpoints import leaves
-from glm4v_jax.checkpoints.leaves import array_of, in_groups
+from glm4v_jax.checkpoints.leaves import in_groups
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 
 
@@ -17,16 +14,28 @@ def test_large_leaves_come_first_and_alone_and_others_in_groups():
     assert list(in_groups(infos, 10)) == [["b"], ["g"], ["a"], ["c", "d", "e"], ["f"]]
 
 
-@pytest.mark.usefixtures("mesh")
-@pytest.mark.parametrize("huge", [1, 1 << 20])
-def test_jax_takes_over_the_memory_that_was_read_into(monkeypatch, huge):
-    def fill(out, path, index):
-        out[...] = np.arange(15).reshape(3, 5)
+@pytest.mark.parametrize(
+    "view",
+    [
+        np.zeros((2, 13, 40), np.int8).transpose(2, 0, 1),
+        np.zeros((30, 2, 13), np.int8)[:, 1:],
+        np.zeros((300, 2), np.int8).T,
+        np.zeros((0, 4)),
+        np.zeros(()),
+    ],
+    ids=["fused", "slice", "narrow", "empty", "scalar"],
+)
+def test_pieces_of_a_view_are_all_of_it_once(monkeypatch, view):
+    monkeypatch.setattr(leaves, "_PIECE_BYTES", 100)
+    count = np.zeros(view.shape, int)
+    pieces = list(leaves._pieces(view))
+    for piece in pieces:
+        count[piece] += 1
+    assert (count == 1).all() and all(view[piece].nbytes <= 100 for piece in pieces)
+    assert len(pieces) <= 1 + 2 * view.nbytes // 100
 
-    of_numbers = SimpleNamespace(infos={"x": TensorInfo((3, 5), np.dtype(np.int8))}, fill=fill)
-    monkeypatch.setattr(leaves, "_HUGE_BYTES", huge)
-    made, aligned = [], leaves._aligned
-    monkeypatch.setattr(leaves, "_aligned", lambda *of: made.append(aligned(*of)) or made[-1])
-    array = array_of(of_numbers, "x", PartitionSpec(), np.dtype(np.float32))
-    np.testing.assert_array_equal(array, np.arange(15.0).reshape(3, 5))
-    assert array.dtype == np.float32 and array.unsafe_buffer_pointer() == made[0].ctypes.data
+
+def test_pieces_are_cut_along_the_axes_that_may_be(monkeypatch):
+    monkeypatch.setattr(leaves, "_PIECE_BYTES", 100)
+    pieces = list(leaves._pieces(np.zeros((30, 40), np.int8), [1]))
+    assert pieces == [(slice(None), slice(first, first + 3)) for first in range(0, 40, 3)]
