@@ -191,7 +191,7 @@ def main() -> int:
     pythons = dict(ours=arguments.ours_python, theirs=arguments.theirs_python)
     with (
         tempfile.TemporaryDirectory() as temporary,
-        turns.start("bench.cpu_sides", arguments.threads, **pythons) as workers,
+        turns.start(turns.sides("bench.cpu_sides", arguments.threads, **pythons)) as workers,
     ):
         directory = models.write_checkpoint(pathlib.Path(temporary), models.INFERENCE)
         figures = run(workers, models.INFERENCE, directory, arguments.rounds, arguments.threads)

@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(TINY_CHECKPOINT))
     arguments = turns.parse(parser, Ours, Theirs)
     load = turns.load_average()
-    with turns.start("bench.eval", arguments.threads) as workers:
+    with turns.start(turns.sides("bench.eval", arguments.threads)) as workers:
         for worker in workers.values():
             worker("load", directory=arguments.model, batch=BATCH)
         lines = compare(workers, arguments.rounds)

@@ -5,9 +5,7 @@ Work that returns a number has measured something itself.
 
 import functools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import tracemalloc
@@ -16,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import models, report
-from bench.turns import peak_bytes
+from bench import models
+from bench.turns import peak_bytes, printed_by
 from glm4v_jax.checkpoints.hf_write import save_pretrained
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.generation import GenerationConfig
@@ -246,13 +244,7 @@ def peak_of_load(megabytes: int) -> Work:
     paths = [str(_checkpoint(MEGABYTES_A_LAYER)), str(_checkpoint(megabytes))]
 
     def work() -> int:
-        least, peak = (
-            int(subprocess.run(
-                [sys.executable, "-m", "bench.growth_host", path], cwd=report.ROOT, check=True, text=True,
-                stdout=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            ).stdout)
-            for path in paths
-        )  # fmt: skip
+        least, peak = (int(printed_by("bench.growth_host", path, JAX_PLATFORMS="cpu")) for path in paths)
         return peak - least
 
     return work

@@ -5,8 +5,6 @@ Narrow configurations, so that what grows with the square of a length would be m
 
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from bench import engine, memory, report
 from bench.growth_host import Work
+from bench.turns import printed_by
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vVisionModel
 from glm4v_jax.config.model import Glm4vConfig, Glm4vTextConfig, Glm4vVisionConfig
 from glm4v_jax.devices.mesh import make_mesh
@@ -133,16 +132,8 @@ def cache_memory(slots: int) -> Work:
 
 def device_memory(devices: int) -> Work:
     """Bytes of a device that trains eight rows: its shards of weights, moments and batch, and temporaries."""
-
-    def work() -> int:
-        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.growth_programs", str(devices)], cwd=report.ROOT, check=True, text=True,
-            stdout=subprocess.PIPE, env=os.environ | environment,
-        )  # fmt: skip
-        return int(done.stdout)
-
-    return work
+    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    return lambda: int(printed_by("bench.growth_programs", devices, JAX_PLATFORMS="cpu", XLA_FLAGS=flags))
 
 
 def _train_on(devices: int) -> int:

@@ -10,8 +10,6 @@ memory would hide the program's. Writes `bench/results/memory.json`; exits with 
 
 import argparse
 import dataclasses
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import report
-from bench.turns import peak_bytes
+from bench import report, turns
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration, Glm4vTextConfig, Glm4vVisionConfig, Glm4vVisionModel
 
 MEGABYTE = 1_000_000
@@ -125,11 +122,8 @@ def measure(task: str, size: int) -> tuple[int, float]:
         }
         for _ in range(2):
             start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.memory", "--task", task, "--size", str(size)],
-                cwd=report.ROOT, env=os.environ | settings, check=True, text=True, stdout=subprocess.PIPE,
-            )  # fmt: skip
-        return int(done.stdout), time.perf_counter() - start
+            printed = turns.printed_by("bench.memory", "--task", task, "--size", size, **settings)
+        return int(printed), time.perf_counter() - start
 
 
 def growth_exponent(sizes: Sequence[int], increments: Sequence[float], baseline: int = 0) -> float:
@@ -197,7 +191,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.task is not None:
         TASKS[arguments.task](arguments.size)
-        print(peak_bytes())
+        print(turns.peak_bytes())
         return 0
     results = {task: run(task, plan) for task, plan in PLANS.items()}
     passed = all(found["passed"] for found in results.values())

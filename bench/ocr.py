@@ -16,7 +16,6 @@ status 1 if a target is missed.
 """
 
 import argparse
-import contextlib
 import pathlib
 import shutil
 import statistics
@@ -194,25 +193,22 @@ def main() -> int:
     from convert.synth import load_config, synth
     from glm4v_jax.config.model import Glm4vConfig
 
-    with contextlib.ExitStack() as stack:
-        directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glm4v_jax_ocr_")))
+    sides = [("ours", sys.executable, name, name) for name in OURS if not (name == "int8" and parsed.no_int8)]
+    sides.append(("theirs", parsed.theirs_python, "transformers", "float32"))
+    if parsed.bfloat16:
+        sides.append(("theirs", parsed.theirs_python, "transformers bfloat16", "bfloat16"))
+    commands = {
+        name: turns.command(
+            "bench.ocr_sides", "--side", side, "--variant", weights, "--threads", parsed.threads, python=python
+        )
+        for side, python, name, weights in sides
+    }
+    with tempfile.TemporaryDirectory(prefix="glm4v_jax_ocr_") as directory, turns.start(commands) as workers:
+        checkpoint = pathlib.Path(parsed.checkpoint or pathlib.Path(directory, "checkpoint"))
         if parsed.checkpoint is None:
-            checkpoint = directory / "checkpoint"
             synth(load_config("GLM-OCR", tiny=parsed.tiny), checkpoint, dtype="float32")
-        else:
-            checkpoint = pathlib.Path(parsed.checkpoint)
-        page = directory / "page.npz"
+        page = pathlib.Path(directory, "page.npz")
         write_page(page, Glm4vConfig.from_pretrained(checkpoint), draw_page(*parsed.size))
-        workers = {}
-        sides = [("ours", sys.executable, name, name) for name in OURS if not (name == "int8" and parsed.no_int8)]
-        sides.append(("theirs", parsed.theirs_python, "transformers", "float32"))
-        if parsed.bfloat16:
-            sides.append(("theirs", parsed.theirs_python, "transformers bfloat16", "bfloat16"))
-        for side, python, name, weights in sides:
-            command = [python, "-m", "bench.ocr_sides", "--side", side, "--variant", weights,
-                       "--threads", str(parsed.threads)]  # fmt: skip
-            workers[name] = turns.Worker(name, command)
-            stack.callback(workers[name].close)
         figures = run(workers, checkpoint, page, parsed.rounds, parsed.threads)
     return report.finish(parsed.name, figures, *tables(figures))
 

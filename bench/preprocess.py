@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="one round of little; writes nothing")
     arguments = turns.parse(parser, Ours, Theirs)
     rounds, count = (1, 2) if arguments.tiny else (arguments.rounds, COUNT)
-    with turns.start("bench.preprocess", arguments.threads) as workers:
+    with turns.start(turns.sides("bench.preprocess", arguments.threads)) as workers:
         figures: dict[str, Any] = {
             "rounds": rounds, "count": count, "cores": arguments.threads, "video": VIDEO,
             "lines": compare(workers, rounds, count), "scaling": scaling(workers["ours"], rounds, 2 * count),

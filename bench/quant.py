@@ -10,7 +10,6 @@ missed. Before JAX 0.12, targets of speed do not hold.
 """
 
 import argparse
-import contextlib
 import pathlib
 import statistics
 import sys
@@ -165,12 +164,11 @@ def measure(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Variant -> what `Variant.load` says, and seconds of decoding and of prefill; and those of products."""
     found: dict[str, dict[str, Any]] = {}
-    with contextlib.ExitStack() as stack:
-        workers: dict[str, turns.Worker] = {}
-        for name in (*VARIANTS, *(["ggml"] if ggml.available() else [])):
-            command = [sys.executable, "-m", "bench.quant", "--variant", name, "--threads", str(threads)]
-            workers[name] = turns.Worker(name, command)
-            stack.callback(workers[name].close)
+    commands = {
+        name: turns.command("bench.quant", "--variant", name, "--threads", threads)
+        for name in (*VARIANTS, *(["ggml"] if ggml.available() else []))
+    }
+    with turns.start(commands) as workers:
         for name in VARIANTS:
             found[name] = workers[name]("load", directory=str(directory))
         works = [{name: turns.TimedTask(task, {}) for name in VARIANTS} for task in ("decode", "prefill")]

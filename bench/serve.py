@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from bench import models, report, serve_client, serve_offline
+from bench import models, report, serve_client, turns
 from bench.serve_client import Answer, Body, Client, closed_loop, message, open_loop
 from glm4v_jax.errors import counted
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -209,7 +209,7 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
     options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v"]
     options += [] if size.is_warmed else ["--no-warmup"]
     with (
-        serve_offline.offline(path, size.slots, size.context) as offline,
+        turns.Worker("offline", turns.command("bench.serve_offline", path, size.slots, size.context)) as offline,
         serve_client.serve(path, directory / f"{size.name}.log", *options) as server,
     ):
 
@@ -217,8 +217,8 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
             answers, seconds = serve_client.run(lambda client: closed_loop(client, bodies, 3 * size.slots), server)
             return {"tokens": sum(answer.tokens for answer in answers), "seconds": seconds}
 
-        offline(bodies), saturated()  # one of them compiles
-        pairs = [(offline(bodies), saturated()) for _ in range(size.rounds)]
+        offline("work", bodies=bodies), saturated()  # one of them compiles
+        pairs = [(offline("work", bodies=bodies), saturated()) for _ in range(size.rounds)]
         assert all(mine["tokens"] == theirs["tokens"] for mine, theirs in pairs), pairs
         speeds = [[run["tokens"] / run["seconds"] for run in pair] for pair in pairs]
         return {

@@ -192,7 +192,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as temporary,
-        turns.start("bench.train_sides", arguments.threads) as workers,
+        turns.start(turns.sides("bench.train_sides", arguments.threads)) as workers,
     ):
         directory = models.write_checkpoint(pathlib.Path(temporary), models.TRAINING, processor=True)
         samples = train_data.make_samples(directory, arguments.samples)

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -110,11 +110,11 @@ def load_average() -> float | None:
 class Worker:
     """The asking end of a process that runs a side."""
 
-    def __init__(self, name: str, command: Sequence[str]):
+    def __init__(self, name: str, command: Sequence[str], **environment: str):
         self.name = name
         self.process = subprocess.Popen(
             command, cwd=report.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | environment,
         )  # fmt: skip
 
     def __call__(self, task: str, **arguments: Any) -> Any:
@@ -135,21 +135,41 @@ class Worker:
             raise SystemExit(f"{self.name}: ended in {task!r} with status {self.process.wait()}")
         return json.loads(reply)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Wait for nothing: the process answers once it has started."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """End the process."""
         self.process.communicate()
 
 
+def command(module: str, *arguments: object, python: str = sys.executable) -> list[str]:
+    """`python -m MODULE ARGUMENT ...`."""
+    return [python, "-m", module, *map(str, arguments)]
+
+
+def printed_by(module: str, *arguments: object, **environment: str) -> str:
+    """What a module prints that runs in a process of its own."""
+    return subprocess.run(
+        command(module, *arguments), cwd=report.ROOT, env=os.environ | environment, check=True, text=True,
+        stdout=subprocess.PIPE,
+    ).stdout  # fmt: skip
+
+
+def sides(module: str, threads: int, **pythons: str) -> dict[str, list[str]]:
+    """The commands of both sides of a module; `ours` and `theirs` name interpreters other than this one."""
+    return {
+        side: command(module, "--side", side, "--threads", threads, python=pythons.get(side, sys.executable))
+        for side in ("ours", "theirs")
+    }
+
+
 @contextlib.contextmanager
-def start(module: str, threads: int, **pythons: str) -> Iterator[dict[str, Worker]]:
-    """Start `module` once for each side, on interpreters other than this one where `ours` or `theirs` names one."""
+def start(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Worker]]:
+    """Start a process on the CPU for each command."""
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for side in ("ours", "theirs"):
-            command = [pythons.get(side, sys.executable), "-m", module, "--side", side, "--threads", str(threads)]
-            workers[side] = Worker(side, command)
-            stack.callback(workers[side].close)
-        yield workers
+        yield {name: stack.enter_context(Worker(name, words, JAX_PLATFORMS="cpu")) for name, words in commands.items()}
 
 
 def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:

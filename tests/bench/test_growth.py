@@ -1,5 +1,6 @@
 """The growth page: slopes are those of the figures, interrupted runs continue, what grows too fast fails."""
 
+import doctest
 import json
 import sys
 import xml.etree.ElementTree
@@ -32,6 +33,10 @@ def run(monkeypatch, tmp_path):
         return status, json.loads(path.read_text())["series"] if path.exists() else {}
 
     return measured
+
+
+def test_docstring_examples():
+    assert not any(doctest.testmod(module).failed for module in (growth, growth_series, line_chart))
 
 
 def test_slopes_are_exponents_of_the_larger_half():

@@ -23,12 +23,11 @@ def test_docstring_examples():
 
 
 def test_a_worker_replies_and_its_exit_is_an_error():
-    worker = turns.Worker("echo", [sys.executable, "-c", ECHO])
-    assert worker("double", x=4) == 8
-    assert worker("double", x=[1]) == [1, 1]
-    with pytest.raises(SystemExit, match="echo: ended in 'fail' with status 3"):
-        worker("fail")
-    worker.close()
+    with turns.Worker("echo", [sys.executable, "-c", ECHO]) as worker:
+        assert worker("double", x=4) == 8
+        assert worker("double", x=[1]) == [1, 1]
+        with pytest.raises(SystemExit, match="echo: ended in 'fail' with status 3"):
+            worker("fail")
 
 
 def test_sides_take_turns_after_a_round_of_warm_up():
