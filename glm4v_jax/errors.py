@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 class Glm4vError(ValueError):
@@ -139,6 +140,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         kind = str(error.strerror).lower().removeprefix("no such ")
         return not_there(str(error.filename), "one", kind=kind)
+    if isinstance(error, NotADirectoryError) and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        return f"{next((p for p in (path, *path.parents) if p.is_file()), path)}: found a file; expected a directory"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{named(str(error.filename))}: {error.strerror}"
     lines = str(error).split("\n") if isinstance(error, Glm4vError) and len(error.faults) > 1 else [str(error)]

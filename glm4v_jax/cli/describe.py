@@ -15,7 +15,7 @@ from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.options import LongSamplingOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.progress import run_batch, status
-from glm4v_jax.errors import MediaError, counted
+from glm4v_jax.errors import GenerationError, MediaError, counted
 from glm4v_jax.files import is_same_file, to_json
 from glm4v_jax.inputs.media.quiet import without_size_warnings
 
@@ -68,6 +68,8 @@ class Describe(JsonOptions):
     def run(self) -> None:
         """Find the images, and only then load the weights and describe them."""
         self.model.check()
+        if not self.prompt.strip():
+            raise GenerationError(f"--prompt: found {self.prompt!r}; expected some text")
         if not os.path.isdir(self.directory):
             kind = errno.ENOTDIR if os.path.exists(self.directory) else errno.ENOENT
             raise OSError(kind, os.strerror(kind), self.directory)

@@ -29,6 +29,7 @@ from glm4v_jax.console.program import (
     run_program,
     start_process,
 )
+from glm4v_jax.console.streams import output_failed
 from glm4v_jax.devices.compilation_cache import keep_executables
 from glm4v_jax.errors import ConfigError
 
@@ -59,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status, see `run_program`; 2 after one line that says why `convert`, `train` or `eval` is missing.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if list(arguments) == ["--version"]:
-        print(f"glm4v {__version__}")
-        return 0
     # The others stand on this package and not the other way round.
     try:
+        if list(arguments) == ["--version"]:
+            print(f"glm4v {__version__}", flush=True)
+            return 0
         if arguments and arguments[0].startswith("--tyro-"):
             others = {name: find_program(name).COMMANDS for name in PROGRAMS}
             print_completion(COMMANDS | others, arguments, "glm4v")
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"glm4v: error: {error}", file=sys.stderr)
         return USAGE
+    except OSError as error:  # of writing the version, or a shell's completion
+        return output_failed("glm4v", error)
     if other is not None:
         status: int = other.main(arguments[1:], prog=f"glm4v {arguments[0]}")
         return status

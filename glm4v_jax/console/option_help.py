@@ -127,3 +127,4 @@ def folded_help() -> Iterator[None]:
         for line in held.getvalue().splitlines():
             fold.subsequent_indent = " " * len("usage: ") * line.startswith("usage: ")
             print(fold.fill(line) if line[:1].isalpha() else line)
+        sys.stdout.flush()  # here, where an error has a handler, and not at Python's end

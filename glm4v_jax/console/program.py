@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 import typing
@@ -31,10 +32,12 @@ from glm4v_jax.console.streams import (
     native_logs,
     notes,
     open_closed_output,
+    output_failed,
+    say_line,
     silent_errors,
 )
 from glm4v_jax.devices.hardware import missing_device
-from glm4v_jax.errors import ConfigError, Glm4vError, one_line
+from glm4v_jax.errors import ConfigError, GenerationError, Glm4vError, one_line
 
 PROGRAMS = {
     "convert": "Convert checkpoints between Hugging Face and Orbax formats.",
@@ -42,6 +45,9 @@ PROGRAMS = {
     "eval": "Score a checkpoint on benchmarks; compare two runs.",
 }
 """The programs beside this package: name -> description."""
+_ITEMS = {"choices": "choice", "stop_strings": "stop"}
+"""Fields of `GenerationConfig` -> the options that give one item each."""
+_POSITIONAL = tyro.conf.Positional[Any].__metadata__[0]  # type: ignore[misc]  # typed as a class, but an Annotated
 USAGE = 2
 """Exit status for unknown commands and options, and for a program that is not installed: 1 may be a result."""
 
@@ -128,9 +134,8 @@ def run_program(
     escape_unencodable()
     try:
         command = parse(commands, sys.argv[1:] if arguments is None else arguments, prog, description, others)
-    except BrokenPipeError:
-        discard_output()
-        return READER_GONE
+    except OSError as error:  # of printing help
+        return output_failed(name, error)
     try:
         check_ranges(command)
         if command.quiet and command.verbose:
@@ -152,7 +157,10 @@ def run_program(
             raise
         is_refused = not is_flushed()
         place = "standard output: " if is_refused and isinstance(error, OSError) and error.filename is None else ""
-        print(f"{name}: error: {place}{one_line(error)}", file=sys.stderr)
+        told = one_line(error)
+        if isinstance(error, ConfigError | GenerationError):
+            told = _as_given(told, command)
+        say_line(f"{name}: error: {place}{told}")
         return command.trouble
     except KeyboardInterrupt as error:
         print(command.interrupted() or str(error) or f"{name}: interrupted", file=sys.stderr)
@@ -226,9 +234,12 @@ def print_completion(tables: Mapping[str, Any], arguments: Sequence[str], prog: 
     if not any(map(len, arguments[1:])):
         print(f"{prog}: error: {arguments[0]}: found no shell; expected bash or zsh", file=sys.stderr)
         raise SystemExit(USAGE)
-    tyro.cli(
-        _choice(tables), prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    )
+    try:
+        tyro.cli(
+            _choice(tables), prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+        )
+    finally:
+        sys.stdout.flush()
     raise AssertionError("the arguments ask for no completion, for which tyro exits")
 
 
@@ -263,6 +274,25 @@ def _faults(options: Any) -> Iterator[str]:
                 convert(value, hint)
             except ValueError:
                 yield fault(f"--{name.replace('_', '-')}", value, expectation(hint))
+
+
+def _as_given(line: str, command: Command) -> str:
+    """Name fields as the options that the user gave: `top_k: found -1` becomes `--top-k: found -1`."""
+    options = set(_options(command))
+
+    def option(match: re.Match[str]) -> str:
+        name = _ITEMS.get(match[2], match[2])
+        return f"{match[1]}--{name.replace('_', '-')}" if name in options else match[0]
+
+    return re.sub(r"(^|; )(\w+)(?=: found )", option, line)
+
+
+def _options(options: Any) -> Iterator[str]:
+    for name, hint in hints(type(options)).items():
+        if dataclasses.is_dataclass(value := getattr(options, name)):
+            yield from _options(value)
+        elif _POSITIONAL not in getattr(hint, "__metadata__", ()):
+            yield name
 
 
 def find_program(name: str) -> Any:

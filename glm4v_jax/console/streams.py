@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from glm4v_jax.console.distributed import LOG_LEVEL
+from glm4v_jax.console.distributed import LOG_LEVEL, READER_GONE
+from glm4v_jax.errors import one_line
 
 _SHOWN_NOTES = 20
 """Of one kind; ten thousand files may have the same flaw."""
@@ -20,6 +21,12 @@ _CACHE_FAULTS = ("Error reading persistent compilation cache", "Error writing pe
 _CACHE_NOTE = (
     "the cache of compiled programs fails, and programs are compiled again: `glm4v cache --clear` removes damaged files"
 )
+
+
+def say_line(text: str) -> None:
+    """Print a line on standard error in one call; `print` makes two, and another thread's line may come between."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -36,12 +43,12 @@ def notes(name: str, *, quiet: bool) -> Iterator[None]:
         if str(message).startswith(_CACHE_FAULTS):  # one for each program
             if counts[filename, lineno] == 1:
                 text = " ".join(str(message).partition(": ")[2].split())
-                print(f"{name}: note: {_CACHE_NOTE} ({text})", file=sys.stderr, flush=True)
+                say_line(f"{name}: note: {_CACHE_NOTE} ({text})")
             return
         if counts[filename, lineno] <= _SHOWN_NOTES:
-            print(f"{name}: note: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+            say_line(f"{name}: note: {' '.join(str(message).split())}")
         if counts[filename, lineno] == _SHOWN_NOTES:
-            print(f"{name}: note: more of this kind are not shown", file=sys.stderr, flush=True)
+            say_line(f"{name}: note: more of this kind are not shown")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -130,3 +137,12 @@ def is_flushed() -> bool:
         discard_output()
         return False
     return True
+
+
+def output_failed(name: str, error: OSError) -> int:
+    """Say that standard output, or the file that the error names, cannot be written; return the exit status."""
+    discard_output()
+    if isinstance(error, BrokenPipeError):
+        return READER_GONE
+    say_line(f"{name}: error: {'standard output: ' if error.filename is None else ''}{one_line(error)}")
+    return 1

@@ -147,7 +147,8 @@ def test_a_finished_directory_needs_no_weights_and_refuses_another_prompt(folder
     ("arguments", "words"),
     [
         (["nowhere"], ["nowhere: found no such file or directory; expected one"]),
-        (["photos/a.png"], ["photos/a.png: Not a directory"]),
+        (["photos/a.png"], ["photos/a.png: found a file; expected a directory"]),
+        (["photos", "--prompt", " "], ["--prompt: found ' '; expected some text"]),
         (["empty"], ["empty", "found no image among 1 file", "--recursive"]),
         (["photos", "--slots", "0"], ["--slots", "0"]),
         (["photos", "--out", "photos/a.png"], ["--out: found photos/a.png, a file that is read"]),

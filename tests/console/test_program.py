@@ -19,7 +19,7 @@ from msgspec import Meta
 from glm4v_jax.config.checks import Positive
 from glm4v_jax.console import extras, program, streams
 from glm4v_jax.console.table import print_table
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.errors import ConfigError, Glm4vError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -93,6 +93,11 @@ def test_the_status_is_what_run_returns(capfd):
     [
         (Glm4vError("file:\n found none"), 2, "it: error: file: found none\n"),
         (FileNotFoundError(2, "No such file", "a.toml"), 2, "it: error: a.toml: found no such file; expected one\n"),
+        (
+            NotADirectoryError(20, "", f"{ROOT}/LICENSE/a"),
+            2,
+            f"it: error: {ROOT}/LICENSE: found a file; expected a directory\n",
+        ),
         (KeyboardInterrupt(), program.INTERRUPTED, "work: half done\n"),
         (Unsaid(), program.INTERRUPTED, "it: interrupted\n"),
         (Unsaid("3 of 4"), program.INTERRUPTED, "3 of 4\n"),
@@ -184,6 +189,31 @@ def test_a_full_disk_behind_standard_output_is_one_line(capfd, monkeypatch):
         patch.setattr(sys, "stdout", full)
         assert ran("-q") == 2
     assert capfd.readouterr().err == "it: error: standard output: [Errno 28] No space left on device\n"
+
+
+def test_a_full_disk_behind_help_is_one_line(capfd, monkeypatch):
+    """As in `glm4v --help > file`; help is printed before there is a command."""
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert ran("--help") == 1
+    assert capfd.readouterr().err == "it: error: standard output: [Errno 28] No space left on device\n"
+
+
+def test_a_note_is_written_in_one_call(monkeypatch):
+    """Decoding threads note things while the main thread reports an error: neither line may be split."""
+    written = []
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "write", written.append)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with streams.notes("it", quiet=False):
+        warnings.warn("a.png: is large", stacklevel=1)
+    assert written == ["it: note: a.png: is large\n"]
+
+
+def test_errors_name_options_as_they_are_given(capfd):
+    assert ran(raises=ConfigError("num_things: found 0; expected 1; highest: found 2; raises: found 3")) == 2
+    line = "it: error: --num-things: found 0; expected 1; --highest: found 2; raises: found 3"
+    assert capfd.readouterr().err.splitlines()[-1] == line
 
 
 def test_a_full_disk_behind_standard_error_does_not_end_a_server(monkeypatch):

@@ -106,5 +106,5 @@ def places(text: str) -> list[str]:
     except ValueError as error:
         raise MediaError(not_there(text, f"one, or several in quotes ({error})")) from error
     if not found:
-        raise MediaError("found no file; expected a path or address")
+        raise MediaError("FILE: found nothing; expected a path or an address")
     return found

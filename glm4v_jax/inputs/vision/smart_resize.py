@@ -43,7 +43,7 @@ def smart_resize(
         raise MediaError(f"t:{num_frames} must be larger than temporal_factor:{temporal_factor}")
     if height <= 0 or width <= 0:
         raise MediaError(f"height:{height} and width:{width} must be positive")
-    size = f"{height} x {width} pixels"
+    size = f"{width} x {height} pixels"
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)

@@ -23,7 +23,7 @@ def check(expected, *size, **bounds):
         with pytest.raises(MediaError) as caught:
             smart_resize(*size, **bounds)
         # The reference does not say whose ratio it is.
-        size_of_it = f": {size[1]} x {size[2]} pixels" if "ratio" in expected else ""
+        size_of_it = f": {size[2]} x {size[1]} pixels" if "ratio" in expected else ""
         assert str(caught.value) == expected + size_of_it
     else:
         assert list(smart_resize(*size, **bounds)) == expected
@@ -99,7 +99,7 @@ def test_the_aspect_ratio_changes_by_less_than_a_patch_on_each_side(size):
         ((2, 0, 100), "must be positive"),
         ((2, 100, -3), "must be positive"),
         ((2, 28, 5628), "aspect ratio must be smaller than 200"),
-        ((2, 1, 300), "aspect ratio must be smaller than 200, got 300.0: 1 x 300 pixels"),
+        ((2, 1, 300), "aspect ratio must be smaller than 200, got 300.0: 300 x 1 pixels"),
     ],
 )
 def test_impossible_sizes(arguments, message):
