@@ -72,11 +72,6 @@ Times = list[dict[str, Any]]
 """Of each round, of each side: the way it was done -> seconds."""
 
 
-def both(work: TimedTask) -> dict[str, TimedTask]:
-    """The same work on both sides."""
-    return {"ours": work, "theirs": work}
-
-
 def compare(line: SpeedLine, times: Times) -> dict[str, Any]:
     """The figures of one comparison."""
     way = min(line.theirs, key=lambda way: statistics.median(one["theirs"][way] for one in times))
@@ -116,7 +111,7 @@ def run(
     for line in (DECODE, *LINES):  # decoding next to the reads that it is compared with
         if line.work not in works:
             works.append(line.work)
-    times = turns.measure(workers, [both(work) for work in works], rounds)
+    times = turns.measure(workers, [dict.fromkeys(workers, work) for work in works], rounds)
     lines = [compare(line, times[works.index(line.work)]) for line in LINES]
     bandwidth = compare_bandwidth(config, times[works.index(DECODE.work)], times[0])
     missed = [line.work for line, figures in zip(LINES, lines, strict=True) if not figures["passed"]]
@@ -131,7 +126,9 @@ def run(
         "same_greedy_answer": answers[0] == answers[1],
         "lines": lines,
         "bandwidth": bandwidth,
-        "profiles": turns.profiles(workers, {f"{work.task} {dict(work.arguments)}": both(work) for work in one_each}),
+        "profiles": turns.profiles(
+            workers, {f"{work.task} {dict(work.arguments)}": dict.fromkeys(workers, work) for work in one_each}
+        ),
         "passed": answers[0] == answers[1] and bandwidth["passed"] and all(line["passed"] for line in lines),
     }
 

@@ -183,7 +183,7 @@ def measure(directory: pathlib.Path, other: pathlib.Path | None) -> dict[str, An
     }
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
+def rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     """(what, figure, aim, whether it is met) of each line of the table."""
     megabytes = figures["bytes"] / MEGABYTE
     package, model = figures["import_seconds"], figures["import_model_seconds"]
@@ -211,6 +211,19 @@ def start_row(name: str, seconds: list[float], cpu_seconds: list[float]) -> tupl
     return what, figure, f"< {MAX_START_SECONDS[kind]} s", median < MAX_START_SECONDS[kind]
 
 
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """The figures with their aims, and what takes most of the disk."""
+    machine, load = figures["machine"], figures["load_average_before"]
+    system = f"Python {machine['python']}, {machine['system']}, {machine['cores']} cores"
+    title = f"a clean installation, {system}; load average before: {load:.1f}"
+    judged = [(what, figure, aim, report.verdict(met) if aim else "") for what, figure, aim, met in rows(figures)]
+    largest = [(name, f"{size / MEGABYTE:,.0f}") for name, size in figures["largest_packages"].items()]
+    return [
+        report.Table(title, ("what", "measured", "aim", ""), judged),
+        report.Table("the largest packages", ("package", "MB"), largest),
+    ]
+
+
 def main() -> int:
     """Measures, prints, writes the result; 1 if an aim is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.install", description="what a clean installation costs")
@@ -218,17 +231,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_install_") as directory:
         figures = measure(pathlib.Path(directory) / "environment", arguments.against)
-    machine, lines = figures["machine"], rows(figures)
-    title = f"a clean installation, Python {machine['python']}, {machine['system']}, {machine['cores']} cores"
-    judged = [(what, figure, aim, report.verdict(met) if aim else "") for what, figure, aim, met in lines]
-    largest = [(name, f"{size / MEGABYTE:,.0f}") for name, size in figures["largest_packages"].items()]
-    out = report.console()
-    out.print(report.Table(title, ("what", "measured", "aim", ""), judged))
-    out.print(
-        f"medians of {STARTS} starts and {REPEATS} imports; load average before: {figures['load_average_before']:.1f}"
-    )
-    out.print(report.Table("the largest packages", ("package", "MB"), largest))
-    return report.finish("install", figures | {"passed": all(met for *_, met in lines)})
+    figures["passed"] = all(met for *_, met in rows(figures))
+    medians = f"medians of {STARTS} starts and {REPEATS} imports"
+    return report.finish("install", figures, *tables(figures), medians)
 
 
 if __name__ == "__main__":

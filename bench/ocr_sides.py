@@ -76,10 +76,6 @@ class Ours(turns.JaxSide):
         """All tokens since the page."""
         return self._tokens
 
-    def peak(self) -> int:
-        """Peak resident memory of the process."""
-        return turns.peak_bytes()
-
     def cache_bytes(self) -> int:
         """Keys and values that the next token reads."""
         text = self._runtime.config.text_config
@@ -237,10 +233,6 @@ class Theirs(turns.TorchSide):
     def answer(self) -> list[int]:
         """All tokens since the page."""
         return self._tokens
-
-    def peak(self) -> int:
-        """Peak resident memory of the process."""
-        return turns.peak_bytes()
 
 
 if __name__ == "__main__":

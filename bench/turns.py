@@ -221,28 +221,34 @@ def run_side(made: Callable[..., Any], side: str, threads: int, *arguments: Any)
     serve({name: getattr(worker, name) for name in dir(worker) if not name.startswith("_") and name != "packages"})
 
 
-class JaxSide:
-    """The package's own side."""
+class Side:
+    """What both sides answer: `packages` are those whose versions count."""
 
-    packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
+    packages: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
         """Versions of what runs here."""
         return report.machine_facts(*self.packages)
+
+    def peak(self) -> int:
+        """Peak resident memory of the process."""
+        return peak_bytes()
+
+
+class JaxSide(Side):
+    """The package's own side."""
+
+    packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
 
     def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """The operations on XLA's threads that take the most time while a task is done."""
         return slowest(xla_operations(lambda: getattr(self, work)(**arguments)))
 
 
-class TorchSide:
+class TorchSide(Side):
     """The reference's side."""
 
     packages: tuple[str, ...] = ("torch", "transformers", "numpy")
-
-    def facts(self) -> dict[str, Any]:
-        """Versions of what runs here."""
-        return report.machine_facts(*self.packages)
 
     def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """The operations of torch that take the most time by themselves while a task is done."""
