@@ -168,7 +168,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
     names = [f"{run['processor'] or 'not recorded'}, jax {run['jax']}, {run['rounds']} rounds" for run in runs]
     whats = [what for what in runs[0]["ratios"] if any(what in run["ratios"] for run in runs[1:])]
     return [
-        report.Table(title, ("", "unit", "ours", "theirs", "ratio", "aim", ""), rows),
+        report.Table(title, ("", "unit", "this package", "transformers", "ratio", "aim", ""), rows),
         report.Table(
             "ratios on processors that were measured", ("", *names),
             [(what, *(report.spread(run["ratios"].get(what, {})) for run in runs)) for what in whats],

@@ -123,7 +123,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
         rows.append((line["task"], *speeds, ratio, aim, f"{line['same_answers']} of {line['items']}", verdict))
     cores = figures["machine"]["ours"]["cores"]
     title = f"items/s, {COUNT} items, {figures['batch']} at a time, greedy, float32, {cores} cores"
-    return [report.Table(title, ("", "ours", "transformers", "ratio", "aim", "same answers", ""), rows)]
+    return [report.Table(title, ("", "this package", "transformers", "ratio", "aim", "same answers", ""), rows)]
 
 
 def main() -> int:

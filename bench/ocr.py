@@ -162,7 +162,8 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
     )  # fmt: skip
     drafts = report.Table(
         "milliseconds of a decode step, and of an MTP layer's",
-        ("weights in", "1 token", "2 tokens", "MTP layer", "a draft pays above", *(f"speed on {x}" for x in ACCEPTED)),
+        ("weights in", "1 token, ms", "2 tokens, ms", "MTP layer, ms", "pays above",
+         *(f"speed on {what}" for what in ACCEPTED)),
         [
             (
                 line["variant"], *(f"{line[f'{work}_ms']:.1f}" for work in ("one", "two", "layer")),

@@ -247,8 +247,8 @@ def tables(figures: Mapping[str, Any]) -> Sequence[report.Table]:
     """Everything that was measured."""
     compared = [
         (
-            line["what"], line["unit"], f"{line['ours']['median']:.1f}", line["other"],
-            f"{line['theirs']['median']:.1f}", *report.judged(line),
+            line["what"], line["unit"], f"{line['ours']['median']:,.1f}", line["other"],
+            f"{line['theirs']['median']:,.1f}", *report.judged(line),
         )
         for line in figures["lines"]
     ]  # fmt: skip

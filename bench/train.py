@@ -177,7 +177,7 @@ def tables(figures: Mapping[str, Any]) -> tuple[report.Table, report.Table]:
         ("grouped by length", f"{padding['grouped_by_length']:.1%}", "", "", ""),
     ]
     return (
-        report.Table(title, ("", "ours, tokens/s", "theirs, tokens/s", "ratio", "aim", ""), speeds),
+        report.Table(title, ("tokens/s", "this package", "transformers", "ratio", "aim", ""), speeds),
         report.Table("fraction of padding", ("padding of", "tokens", "patches", "aim", ""), rows),
     )
 
