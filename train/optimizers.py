@@ -1,6 +1,7 @@
 """Optimizers by name, learning rates over time and by part of the model; parameters are a flat dict, path -> array."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +20,9 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 downsampling of the ViT belong to "vision", the head to "llm"."""
 
 Params = Mapping[str, Any]
+
+KEPT = 8
+"""Of how many jobs a process keeps schedule, optimizer and step: one more that is equal traces and compiles nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         validate(self)
 
+    def __hash__(self) -> int:
+        """Without the learning rates of groups: a mapping has no hash."""
+        return hash((self.name, self.learning_rate, self.schedule, self.warmup))
+
 
 def group_of(path: str) -> Group:
     """Return the part of the model that a parameter belongs to."""
@@ -80,13 +88,18 @@ def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return the schedule: step -> learning rate.
+    """Return the schedule, step -> learning rate: for equal arguments the same one.
 
     Raises:
       ConfigError: the warm-up is longer than the training.
     """
-    warmup, peak, end = warmup_steps(config, num_steps), config.learning_rate, config.final_share
-    rest = max(num_steps - warmup, 1)
+    warmup = warmup_steps(config, num_steps)
+    return _schedule(config, warmup, 0 if config.schedule == "constant" else max(num_steps - warmup, 1))
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _schedule(config: OptimizerConfig, warmup: int, rest: int) -> optax.Schedule:
+    peak, end = config.learning_rate, config.final_share
     after: dict[str, Callable[[], optax.Schedule]] = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, end),
         "linear": lambda: optax.linear_schedule(peak, end * peak, rest),
@@ -98,7 +111,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> optax.GradientTransformation:
-    """Return the optimizer of a model's parameters, by path.
+    """Return the optimizer of a model's parameters, by path: for equal arguments the same one.
 
     Args:
       config: see there.
@@ -108,7 +121,14 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> opt
     Raises:
       ConfigError: the warm-up is longer than the training.
     """
-    rate = learning_rate(config, num_steps)
+    dimensions = tuple(kernel_dimensions(model).items()) if config.name == "muon" else ()
+    return _optimizer(config, learning_rate(config, num_steps), dimensions)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _optimizer(
+    config: OptimizerConfig, rate: optax.Schedule, dimensions: tuple[tuple[str, Any], ...]
+) -> optax.GradientTransformation:
     chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     adam = dict(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.name == "adamw":
@@ -116,7 +136,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> opt
     elif config.name == "adafactor":
         chain.append(optax.adafactor(rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=_decays))
     else:
-        dims = kernel_dimensions(model)
+        dims = dict(dimensions)
         muon = (
             optax.contrib.muon(
                 rate, adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,

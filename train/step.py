@@ -16,6 +16,7 @@ from train.data.packing import TrainBatch
 from train.flops import Work, work_of
 from train.loss import CHUNK, Sums, cross_entropy
 from train.noise import Noise
+from train.optimizers import KEPT
 from train.preference import PreferenceConfig, preference_sums
 from train.state import Layout, Leaves, TrainState
 
@@ -89,6 +90,7 @@ def loss_sums(
     return cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
 
 
+@functools.lru_cache(maxsize=KEPT)
 def make_step(
     layout: Layout,
     optimizer: optax.GradientTransformation,
@@ -101,7 +103,7 @@ def make_step(
     noise: Noise | None = None,
     preference: PreferenceConfig | None = None,
 ) -> Step:
-    """Return the jitted step.
+    """Return the jitted step: for equal arguments the same one.
 
     Args:
       layout: of the model.

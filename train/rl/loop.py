@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from train.config import TrainConfig
 from train.data.encoder import encode_options
 from train.data.samples import limited
 from train.job import Job, check_step, identity, open_model
-from train.optimizers import learning_rate
+from train.optimizers import KEPT, learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
 from train.plot import draw_metrics
 from train.preemption import Stopping
@@ -150,7 +151,7 @@ def make_cycle(job: Job, state: TrainState, processor: Glm4vProcessor, mesh: Mes
     config, rl = job.config, job.config.rl
     assert rl is not None
     objective = Objective(rl.clip_low, rl.clip_high, rl.sampling.temperature, media_tokens(job.model))
-    step = PolicyStep(
+    step = _policy_step(
         job.layout, job.optimizer, objective, dtype=job.dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
         learning_rate=learning_rate(config.optimizer, config.num_updates),
     )  # fmt: skip
@@ -159,6 +160,10 @@ def make_cycle(job: Job, state: TrainState, processor: Glm4vProcessor, mesh: Mes
     engine = Engine(runtime, processor, num_slots=rl.sampling.slots)
     engine.reserve(config.batch.length)  # of the longest prompt with its answer: each growth would compile
     return Cycle(engine, step, handover, job.frozen, rl, config.batch, job.model, mesh)
+
+
+_policy_step = functools.lru_cache(maxsize=KEPT)(PolicyStep)
+"""For equal arguments the same one, as `train.step.make_step`."""
 
 
 class _Scorer:
