@@ -45,9 +45,10 @@ PROMPTS, ITEMS = 240, 120
 _BATCH, _SLOTS, _NEW_TOKENS = 24, 16, 48
 
 
-def load(scheme: str | None) -> Glm4vForConditionalGeneration:
+def load(scheme: str | None, **options: Any) -> Glm4vForConditionalGeneration:
     """The packaged model, quantised as `--quantize` does."""
-    return Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, dtype="float32", quantize=scheme)  # type: ignore[arg-type]
+    options = {"dtype": "float32", "quantize": scheme} | options
+    return Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, **options)
 
 
 def forced(processor: Glm4vProcessor, examples: Sequence[Example]) -> tuple[dict[str, Any], np.ndarray]:

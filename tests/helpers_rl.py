@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from glm4v_jax import Engine, Glm4vProcessor
 from glm4v_jax.checkpoints.load import load_model
@@ -14,6 +15,7 @@ from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.config import BatchConfig
+from train.rl import handover
 from train.rl.groups import Group, Rollout, num_samples
 from train.rl.handover import Handover
 from train.rl.loss import Objective
@@ -53,8 +55,12 @@ class Learner:
         self.objective = Objective(banned=banned)
         self.copied = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves))
         self.step = PolicyStep(self.layout, self.optimizer, self.objective, dtype=jnp.float32, remat="none")
-        self.handover = Handover(self.layout, self.params, self.frozen, jnp.float32, mesh)
-        runtime = Runtime.of(self.handover(self.params), mesh, GenerationConfig())
+        with pytest.MonkeyPatch.context() as patch:
+            # The layers stay stacked, and compile in the time of one; those of `test_loop.py` are as on every CPU.
+            patch.setattr(handover, "platform", lambda: "gpu")
+            self.handover = Handover(self.layout, self.params, self.frozen, jnp.float32, mesh)
+            model = self.handover(self.params)
+        runtime = Runtime.of(model, mesh, GenerationConfig())
         self.engine = Engine(runtime, self.processor, num_slots=16, capacity=256)
         self.options = dict(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=banned, logprobs=0,

@@ -195,7 +195,7 @@ def start(device: Device) -> Figures:
         jax.block_until_ready(device.runtime().text.leaves)
         made = time.time()
         asked = Questions(Glm4vProcessor.from_pretrained(TINY_CHECKPOINT), device.sizes)
-        engine = Engine(device.runtime(), asked.processor)
+        engine = Engine(device.runtime(), asked.processor, num_slots=min(8, device.sizes.num_slots))
         with compile_times() as compiled:
             answer = engine.stream([asked.message(0)], max_new_tokens=device.sizes.steps, **GREEDY)
             next(answer)

@@ -23,7 +23,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def exact(batches):
-    return quant_quality.log_probabilities(quant_quality.load(None), batches)
+    return quant_quality.log_probabilities(quant_quality.load(None, stacked=True), batches)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_answers_follow_prompts(batches):
 @pytest.mark.filterwarnings("ignore:int4 by rounding", "ignore:jax 0")
 @pytest.mark.parametrize("scheme", quant_quality.SCHEMES)
 def test_tokens_are_those_of_float32(exact, batches, scheme):
-    model = quant_quality.load(scheme)
+    model = quant_quality.load(scheme, stacked=True)  # compiles in the time of one layer
     figures = quant_quality.compare(exact, quant_quality.log_probabilities(model, batches))
     assert quant_quality.is_good(scheme, figures) and figures["tokens"] > 400, figures
     assert figures["kl_mean"] > 1e-6  # or nothing was quantised

@@ -40,7 +40,8 @@ def figures():
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=SLOTS)
+    """Its layers are stacked, and compile in the time of one."""
+    return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=SLOTS, stacked=True)
 
 
 def test_the_figures_reach_the_aims(figures):
@@ -73,8 +74,7 @@ def test_an_int8_cache_is_as_good_as_exact(engine):
     inputs = engine.processor.apply_chat_template(
         [list(example.messages) for example in truth], tokenize=True, return_dict=True, padding=True
     )
-    # Stacked layers compile in the time of one.
-    model = Glm4vForConditionalGeneration(engine.runtime.config, module=engine.runtime.module.stacked())
+    model = Glm4vForConditionalGeneration(engine.runtime.config, module=engine.runtime.module)
     with use_mesh(model.mesh):
         make = functools.partial(init_cache, model.config.text_config, len(truth), 64)
         past = PastKeyValues(make(jnp.int8), np.zeros((len(truth), 1), np.int32), 0)
@@ -131,7 +131,7 @@ def test_the_reference_says_the_same(engine):
     assert text.endswith(example.messages[1]["content"][0]["text"])
     with torch.no_grad():
         expected = theirs.eval()(**{name: torch.as_tensor(value) for name, value in inputs.items()}).logits.numpy()
-    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, dtype="float32")
+    model = Glm4vForConditionalGeneration(engine.runtime.config, module=engine.runtime.module)
     found = np.asarray(model(**inputs).logits)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     # Each answer's token is the likeliest but where coordinates are a matter of opinion.

@@ -50,7 +50,7 @@ def problems():
 @pytest.mark.slow
 def test_a_reward_rises(learner, cycle, problems):
     state, lines = learner.state(), []
-    for number in range(6):
+    for number in range(4):
         state, found = cycle(state, problems, sevens, seed_of(0, number), number + 1)
         lines.append(found.metrics())
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.3
