@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_orbax import environment, free_port
 from helpers_paths import ROOT
 
 from glm4v_jax.devices.distributed import init_distributed, is_first, to_host
 from glm4v_jax.errors import CheckpointError, ConfigError, DataError
 from glm4v_jax.files import read_json_object, write_json
-from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.config import MODEL, load_config
 from train.job import Job
 from train.log import METRICS, read_log
@@ -37,7 +37,7 @@ from train.rl.loop import _Steps, learn
 from train.trackers import TENSORBOARD
 
 JOB = f"""
-model = {json.dumps(str(TINY_CHECKPOINT))}
+model = {json.dumps(str(RANDOM_CHECKPOINT))}
 out = "out"
 steps = 2
 freeze = []
@@ -83,17 +83,21 @@ boxed = false
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noise to find digits in, in images and videos, and a job."""
+    """Noise in images and videos, right answers that share some letters with any other, and a job.
+
+    The first step has problems of both kinds, and compiles all programs.
+    """
     folder, rng = tmp_path_factory.mktemp("job"), np.random.default_rng(0)
     rows = []
     for number in range(10):
         PIL.Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)).save(folder / f"{number}.png")
         shown = {"type": "image", "image": f"{number}.png"}
-        if number % 5 == 4:
-            shown = {"type": "video", "video": [f"{frame}.png" for frame in range(number - 3, number + 1)], "fps": 2}
+        if number % 5 == 2:
+            shown = {"type": "video", "video": [f"{frame}.png" for frame in range(number - 2, number + 2)], "fps": 2}
         content = [shown, {"type": "text", "text": "Which digit is this?"}]
         messages = [{"role": "user", "content": content}]
-        rows.append({"messages": messages, "answer": f"8{number}", "key": f"digit {number}"})
+        answers = [f"8{number}", f"{number} or the tree on stone"]
+        rows.append({"messages": messages, "answers": answers, "key": f"digit {number}"})
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "job.toml").write_text(JOB)
     return folder
@@ -230,7 +234,7 @@ def kill_in_the_second_step(out):
 @pytest.mark.slow
 def test_answers_that_would_be_sampled_in_another_way_do_not_continue_a_job(folder, whole, monkeypatch):
     """Other end tokens; a temperature, which the job has its own of, may be another one."""
-    model = shutil.copytree(TINY_CHECKPOINT, folder / "model")
+    model = shutil.copytree(RANDOM_CHECKPOINT, folder / "model")
     config = dataclasses.replace(job(folder, whole), model=str(model))
     options = read_json_object(model / "generation_config.json")
     monkeypatch.setattr(Job, "start", None)
