@@ -36,6 +36,7 @@ from glm4v_jax.generate import engine, prefill_chunks, slots, warmup
 from glm4v_jax.serve import server
 from glm4v_jax.tiny import FAMILY_TEMPLATE, TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
+from train import evaluate
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -111,6 +112,7 @@ def few_programs(monkeypatch):
     """
     read = load.load_model
     monkeypatch.setattr(load, "load_model", lambda *given, **options: read(*given, **options | {"stacked": True}))
+    monkeypatch.setattr(evaluate, "platform", lambda: "gpu")
     for name, module in (("MIN_CAPACITY", slots), ("MIN_CAPACITY", engine), ("MIN_CAPACITY", warmup)):
         monkeypatch.setattr(module, name, 256)
     for module in (prefill_chunks, warmup):
