@@ -112,7 +112,8 @@ def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Pa
     by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
     config = exported.config
     batch = prompt(base, config)
-    expected = logits_of(jax.tree.map(lambda leaf: leaf.astype(dtype), exported), batch)
+    cast = jax.jit(lambda model: jax.tree.map(lambda leaf: leaf.astype(dtype), model))  # one program, not one a shape
+    expected = logits_of(cast(exported), batch)
     with _new(target, overwrite=True) as directory:
         generation, extras = GenerationConfig.from_pretrained(base), extra_tensors(base, config)
         save_pretrained(exported, generation, directory, extras=extras)
