@@ -209,7 +209,8 @@ def load_model(
     """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
 
     Every tensor is checked against the table before the first is read. Host memory holds this process's shards of a few
-    leaves of a layer at a time; a device holds its shards of the model, and stacked leaves are filled in place.
+    leaves of a layer at a time, of small ones those of all layers; a device holds its shards of the model, and large
+    stacked leaves are filled in place.
 
     Args:
       directory: a checkpoint, in Hugging Face layout or in Orbax format.
