@@ -422,13 +422,16 @@ class Engine:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def lend_slots(self, num_rows: int, config: GenerationConfig, *, chunk: int = CHUNK) -> Iterator[Slots]:
+    def lend_slots(
+        self, num_rows: int, config: GenerationConfig, *, chunk: int = CHUNK, whole: int = 0
+    ) -> Iterator[Slots]:
         """Lend slots, and keep them for the next request, unless a long prompt has made them large.
 
         Args:
           num_rows: how many, at least.
           config: of the requests, for its programs.
           chunk: tokens of a prefill chunk at most, a power of two.
+          whole: tokens of a prompt up to which it is one chunk in place of three or more.
         """
         with self.running():
             with self.pool.lock:
@@ -436,7 +439,7 @@ class Engine:
                 free = self._free.setdefault((num_rows, variant.top), [])
                 slots = free.pop() if free else self.new_slots(num_rows, config)
                 slots.variant = variant
-                slots.use_chunks(chunk)
+                slots.use_chunks(chunk, whole)
 
             def give_back() -> None:
                 if slots.capacity <= slots.capacity_for(self._capacity):

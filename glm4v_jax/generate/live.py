@@ -16,9 +16,11 @@ import jax
 from glm4v_jax.config.checks import fault
 from glm4v_jax.config.generation import OF_ALL_REQUESTS
 from glm4v_jax.devices.distributed import spans_processes
+from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import GenerationError, MediaError
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.feature_pool import FeaturePool
+from glm4v_jax.generate.prefill_chunks import longest_live_chunk
 from glm4v_jax.generate.scheduler import Failure, Update, run
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MIN_EOS
@@ -247,7 +249,9 @@ class LiveEngine:
         try:
             if self.restarts:
                 engine.pool.forget()
-            with engine.lend_slots(engine.num_slots, self._config, chunk=engine.chunk) as slots:
+            with engine.runtime.on_mesh():
+                whole = longest_live_chunk(platform())
+            with engine.lend_slots(engine.num_slots, self._config, chunk=engine.chunk, whole=whole) as slots:
                 self._become_ready()
                 while self._wait():
                     for update in run(slots, self._queue, steps=engine.steps_per_dispatch, interleave=True):

@@ -114,7 +114,7 @@ def live_chunk(parameters: int, platform: str) -> int:
     return max(MIN_LIVE_CHUNK, min(longest, 1 << max(fitting.bit_length() - 1, 0)))
 
 
-def chunk_ends(prompt: Prompt, longest: int) -> list[int]:
+def chunk_ends(prompt: Prompt, longest: int, whole: int = 0) -> list[int]:
     """Where the chunks of a prompt end that has a row of its own, but for the last chunk of a prompt that ends before.
 
     Each depends on what comes before it alone, so that prompts with a common prefix have its chunks in common. Then
@@ -123,7 +123,10 @@ def chunk_ends(prompt: Prompt, longest: int) -> list[int]:
     Args:
       prompt: the prompt.
       longest: tokens of a chunk at most.
+      whole: tokens of a prompt up to which it is one chunk in place of three or more: each reads all weights.
     """
+    if 2 * longest < len(prompt) <= whole:
+        return []
     last = [np.flatnonzero(prompt.medium_of == number) for number in range(len(prompt.media))]
     media_ends = [int(tokens[-1]) + 1 for tokens in last if len(tokens)]
     ends = [0]

@@ -32,14 +32,14 @@ class Prefix(NamedTuple):
     whole: bytes
 
     @classmethod
-    def of(cls, prompt: Prompt, longest: int) -> "Prefix":
-        """Digest a prompt, whose chunks have `longest` tokens at most.
+    def of(cls, prompt: Prompt, longest: int, whole: int = 0) -> "Prefix":
+        """Digest a prompt; `longest`, `whole`: of its chunks, see `chunk_ends`.
 
         >>> one, other = (Prefix.of(Prompt.of_text(tokens), 2) for tokens in ([5, 6, 7], [5, 6, 8, 9]))
         >>> one.ends, one.digests == other.digests[:1], one.whole == other.whole
         ((2,), True, False)
         """
-        ends, digests, begin = chunk_ends(prompt, longest), list[bytes](), 0
+        ends, digests, begin = chunk_ends(prompt, longest, whole), list[bytes](), 0
         digest = hashlib.blake2b(digest_size=16)
         for end in (*ends, len(prompt)):
             here = slice(begin, end)

@@ -132,7 +132,7 @@ class Slots:
         self._table = TableShape()
         self.prefilling: dict[int, _Prefilling] = {}
         self.reused: dict[int, int] = {}
-        self._chunk = CHUNK
+        self._chunk, self._whole = CHUNK, 0
         self.reuses = reuse_prefixes
         self._contents = RowContents(self.num_rows, self.shards)
 
@@ -151,10 +151,13 @@ class Slots:
         """Decode steps of a dispatch at most."""
         return SCORED_STEPS if self.variant.scores or self.variant.logits else MAX_STEPS
 
-    def use_chunks(self, longest: int) -> None:
-        """Prefill rows in chunks of `longest` tokens at most, a power of two; call it while all rows are free."""
-        if longest != self._chunk:
-            self._chunk = longest
+    def use_chunks(self, longest: int, whole: int = 0) -> None:
+        """Prefill rows in chunks of `longest` tokens at most, a power of two; call it while all rows are free.
+
+        A prompt of up to `whole` tokens is one chunk in place of three or more.
+        """
+        if (longest, whole) != (self._chunk, self._whole):
+            self._chunk, self._whole = longest, whole
             self._contents.forget()
 
     def forget(self) -> None:
@@ -170,7 +173,7 @@ class Slots:
         """Choose one of the rows `free` for a prompt: where most of it can be reused and the least is lost."""
         if start.keep or not self.reuses:
             return free[0]
-        return self._contents.choose(Prefix.of(start.prompt, self._chunk), free)
+        return self._contents.choose(self._prefix(start), free)
 
     def start(self, starts: Mapping[int, Start], *, together: bool = False, upcoming: Sequence[Medium] = ()) -> Chosen:
         """Prefill rows, each with its prompt, and choose their first tokens.
@@ -200,7 +203,7 @@ class Slots:
         """Queue rows, each with its prompt, for `advance`; those that are restarted come first."""
         if not starts:
             return
-        new = {row: _Prefilling(start, Prefix.of(start.prompt, self._chunk)) for row, start in starts.items()}
+        new = {row: _Prefilling(start, self._prefix(start)) for row, start in starts.items()}
         if self._state is None:
             self.pool.prepare([medium for start in starts.values() for medium in start.prompt.media_from(start.keep)])
             ends = ([0, *one.prefix.ends, len(one.start.prompt)] for one in new.values())
@@ -342,6 +345,9 @@ class Slots:
             return
         with self.runtime.on_mesh():
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
+
+    def _prefix(self, start: Start) -> Prefix:
+        return Prefix.of(start.prompt, self._chunk, self._whole)
 
     def _count(self, starts: Mapping[int, Start]) -> None:
         self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
