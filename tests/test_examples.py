@@ -70,6 +70,7 @@ def short_generations(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs(name, short_generations, capsys):
     variables = runpy.run_module(f"examples.{name}", run_name="__main__")

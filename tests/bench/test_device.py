@@ -67,6 +67,7 @@ def test_a_part_that_fails_is_a_line_and_the_next_is_measured(stub, capsys):
     assert kept == {"fine": "all", "cold start": "start", "warm start": "start"}
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_what_is_missing(stub, monkeypatch):
     stub()
     monkeypatch.setattr(device, "COMMAND", (sys.executable, "-c", STUB.replace('"crashes"', '"no part"')))
@@ -192,6 +193,7 @@ def test_a_step_that_runs_out_of_memory_recomputes_more(monkeypatch, memory, tri
     assert ways == tried
 
 
+@pytest.mark.slow
 def test_the_smallest_run_needs_no_packages_but_those_that_are_carried(tmp_path, monkeypatch):
     """Those of `make device-wheels`, and JAX's own; the modules of all parts are imported."""
     there = {"jax", "flax", "optax", "orbax-checkpoint", "safetensors", "tokenizers"}

@@ -79,6 +79,7 @@ def test_an_interrupted_run_continues(run):
     assert calls == [1, 2, 4] * 2
 
 
+@pytest.mark.slow
 def test_real_work_is_measured_at_small_sizes(run):
     names = ("Images", "Packing", "Data", "Text", "Temporaries of programs: ViT", "Decode step", "Video")
     series = [one for one in SERIES if one.key.startswith(names)]

@@ -316,6 +316,7 @@ def test_it_goes_through_orbax_and_back(int8, tmp_path):
             convert(int8, tmp_path / "cast", dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int4", "int4 with zero points"])
 def test_int4_goes_through_orbax_and_back_unless_zero_points_are_lost(tmp_path, scheme):
     (source := tmp_path / "theirs").mkdir()

@@ -156,6 +156,7 @@ def test_a_quantised_checkpoint_keeps_floats_where_they_are_not_run(tmp_path, to
     assert runtime.config.text_config.head_dim == 16
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_decoder_and_of_a_vit_with_biases_comes_back(tmp_path):
     model = Glm4vForConditionalGeneration(Glm4vConfig.from_dict(OCR), dtype="float32")
     target = r"language_model\.layers\..*|visual\.blocks\..*"

@@ -70,6 +70,7 @@ def write(directory, tensors, shards=1):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
 def test_a_checkpoint_of_half_width_is_read_exactly(directory, stored):
     tensors = {name: tensor.astype(stored) for name, tensor in random_tensors(CONFIG).items()}

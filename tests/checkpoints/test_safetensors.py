@@ -228,6 +228,7 @@ class TestFuzz:
         max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
 
+    @pytest.mark.slow
     @settings
     @given(share=st.floats(0, 1, exclude_max=True))
     def test_truncation_is_always_named(self, sound_file, tmp_path, share):

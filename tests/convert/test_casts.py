@@ -55,6 +55,7 @@ def test_infinities_and_nan_survive_a_cast(source, tmp_path, convert):
     assert np.isposinf(found[3, 0]) and np.isnan(found[3, 1]) and np.isfinite(found).sum() == found.size - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [to_hf, to_orbax])
 def test_a_cast_that_loses_numbers_is_refused(source, tmp_path, convert, chunk_bytes):
     """An infinity in the tensor is not counted."""

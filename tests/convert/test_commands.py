@@ -40,6 +40,7 @@ def test_files_come_back_through_orbax(run, synthetic, tmp_path):
     assert status == 0 and out.splitlines()[0] == "equal: 89 tensors, 5.38 MB compared"
 
 
+@pytest.mark.slow
 def test_options_of_to_orbax_reach_it(run, synthetic, tmp_path):
     options = ("--dtype", "float32", "--mesh", "fsdp=1", "--no-hash")
     status, out, _ = run("to-orbax", synthetic(), tmp_path / "o", *options)

@@ -41,6 +41,7 @@ def pair(tmp_path):
     return compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_any_two_formats_of_one_checkpoint_are_equal(synthetic, tmp_path, dtype):
     source = synthetic(dtype)

@@ -230,6 +230,7 @@ def test_nothing_is_stored_unless_asked_for(monkeypatch):
     assert not stored_programs.is_used()
 
 
+@pytest.mark.slow
 def test_programs_are_dropped_with_those_of_jax(files):
     traced = []
     step = program(traced)

@@ -116,6 +116,7 @@ def test_time_texts(ours):
     assert ("<|end_of_image|>1<|end_of_video|>" in text) == (ours.kind == "glm4v")
 
 
+@pytest.mark.slow
 def test_logits_and_greedy_choices_equal(ours, mesh):
     """All cases as rows of one batch, each followed by the tokens that the reference chose: one program.
 
@@ -134,6 +135,7 @@ def test_logits_and_greedy_choices_equal(ours, mesh):
         assert difference <= TOLERANCE, case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", ["flash", "ocr"], indirect=True)
 def test_greedy_tokens_equal(ours, mesh):
     """Through prefill, cache and decoding steps; the other kinds have the programs of `flash`."""

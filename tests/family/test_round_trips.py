@@ -18,6 +18,7 @@ from glm4v_jax.model import lora
 from tools.make_family import KINDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_orbax_and_back_keeps_every_file(kind, family_checkpoint, tmp_path):
     """Also the tensors of the layer that is not run."""

@@ -177,11 +177,13 @@ def test_a_seed_of_a_request_draws_as_it_does_alone(engine, drawn):
         assert found.tokens == engine.generate(requests[found.index], seed=30 + found.index, **DRAWN).tokens
 
 
+@pytest.mark.slow
 def test_equal_prompts_of_one_seed_draw_differently(engine, drawn):
     found = [one.tokens for one in engine.generate_many([drawn[0][0]] * 6, seed=4, **DRAWN)]
     assert len(set(found)) == 6
 
 
+@pytest.mark.slow
 def test_a_long_prompt_in_chunks(engine, monkeypatch, their_tiny):
     """Of many chunks, the last of which would reach beyond the cache; images are cut in two."""
     inputs = random_request(engine.model, np.random.default_rng(13), 150, [(8, 8), (4, 10)])
@@ -193,6 +195,7 @@ def test_a_long_prompt_in_chunks(engine, monkeypatch, their_tiny):
         assert list(many.tokens) == list(engine.generate(inputs, max_new_tokens=24, **GREEDY).tokens) == expected
 
 
+@pytest.mark.slow
 def test_1500_tokens_equal_the_references(engine, their_tiny):
     inputs = random_request(engine.model, np.random.default_rng(14), 1450, [(8, 8)])
     found = engine.generate(inputs, max_new_tokens=8, **GREEDY)
@@ -222,6 +225,7 @@ def test_logprobs_are_the_models(engine, image):
     assert engine.generate(prompt, max_new_tokens=2).logprobs is None
 
 
+@pytest.mark.slow
 def test_logprobs_of_sampling_are_those_of_the_distribution_drawn_from(engine, image):
     """After penalty, bans, temperature and cuts; the tokens are the same."""
     prompt = engine.processor.apply_chat_template(
@@ -421,6 +425,7 @@ def test_an_image_that_differs_in_a_pixel_is_encoded_too(make_engine, image):
     assert own.pool.encoded == 2
 
 
+@pytest.mark.slow
 def test_a_full_pool_drops_features_and_grows(engine, make_engine):
     from glm4v_jax.devices.mesh import use_mesh
     from glm4v_jax.generate.feature_pool import FeaturePool
@@ -476,6 +481,7 @@ def test_threads_may_share_an_engine(engine, make_engine):
     assert found == [engine.generate(prompt, max_new_tokens=8, **GREEDY).tokens for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_slots_grown_for_a_long_prompt_are_dropped(engine, make_engine):
     own = make_engine()
     own.generate(random_request(own.model, np.random.default_rng(19), 1450), max_new_tokens=3, **GREEDY)
@@ -732,6 +738,7 @@ def test_an_int8_cache_answers_alike_in_slots_in_chunks_and_alone(int8, monkeypa
     assert list(int8.generate(prompts[0], **options).tokens) == found[0]
 
 
+@pytest.mark.slow
 def test_a_conversation_with_an_int8_cache_answers_as_if_it_had_none(int8):
     talk = int8.conversation(max_new_tokens=12, **GREEDY)
     talk.send("Hello")

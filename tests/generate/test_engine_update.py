@@ -38,6 +38,7 @@ def updated(make_engine, prompts, others):
     return own
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_new_weights(make_engine, engine, prompts, others, lowerings):
     own = make_engine()
     before = answers(own, prompts)

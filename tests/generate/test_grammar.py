@@ -94,6 +94,7 @@ def answers(engine):
     return schemas, [found[i] for i in range(len(mixed)) if i not in rows], free, [found[i] for i in rows]
 
 
+@pytest.mark.slow
 def test_answers_to_random_schemas_parse_and_validate(answers):
     schemas, completions, *_ = answers
     assert [one.finish_reason for one in completions] == ["stop"] * 100

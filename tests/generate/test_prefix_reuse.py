@@ -130,6 +130,7 @@ def prefix(*tokens):
     return Prefix.of(Prompt.of_text(tokens), 2)
 
 
+@pytest.mark.slow
 def test_prompts_go_where_they_lose_least():
     contents = RowContents(6, 2)
 

@@ -55,6 +55,7 @@ def test_logits_equal(ours, theirs, case, padding):
     assert_close(ours("base")(**prompts.inputs).logits, expected.logits, prompts.real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
 def test_configurations_equal(ours, theirs, name, seed):
@@ -65,6 +66,7 @@ def test_configurations_equal(ours, theirs, name, seed):
     assert_close(ours(name)(**prompts.inputs).logits, expected.logits, prompts.real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "odd", "wide"])
 def test_long_prompts_equal(ours, theirs, name):
     """Mistakes of a partial rope show in positions by the hundred, of a blockwise softmax past a block."""
@@ -215,6 +217,7 @@ def test_rope_deltas_equal(ours, theirs, padding):
     assert np.array_equal(found.past_key_values.rope_deltas, found.rope_deltas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["rows of text and pictures", "rows of videos", "text"])
 def test_cached_steps_equal(ours, theirs, case):
     """Token by token after a prompt: the same as the reference's cached steps, and as one pass over everything."""

@@ -42,6 +42,7 @@ def get_rope_index(theirs):
     return call
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(rows=rows_of(image, video), padding=st.sampled_from(["left", "right"]))
 def test_random_prompts_equal(get_rope_index, rows, padding):
@@ -64,6 +65,7 @@ def test_prompts_without_merging_equal(get_rope_index, padding):
     assert np.array_equal(positions, expected[0]) and np.array_equal(deltas, expected[1])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(rows=rows_of(image, video), seed=st.integers(0, 99))
 def test_properties(rows, seed):

@@ -129,6 +129,7 @@ def test_sequences_in_one_row_with_another_attention_equal_rows_of_their_own(our
         np.testing.assert_allclose(k, cached[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, False])
 def test_decoding_in_chunks_equals_all_at_once(ours, stacked):
     """In chunks of 1, 4 and 8 tokens, rows at different slots: the same as all at once."""
@@ -150,6 +151,7 @@ def test_decoding_in_chunks_equals_all_at_once(ours, stacked):
     assert np.array_equal(cache.segments, np.arange(24) < np.full((B, 1), T))
 
 
+@pytest.mark.slow
 def test_chunks_do_not_show_in_an_int8_cache(ours):
     """Tokens of one chunk see each other's rounded keys, as later ones do; where weights are returned as well."""
     x, positions, _ = example("base", seed=5)

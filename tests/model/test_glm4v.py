@@ -131,6 +131,7 @@ def test_packed_rows_do_not_see_each_other(checkpoints):
     assert_close(run(model, packed), expected)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key(checkpoints):
     config = dict(CONFIGS["base"])
     config["text_config"] = config["text_config"] | {"attention_dropout": 0.3}

@@ -47,6 +47,7 @@ def test_the_first_of_several_outputs_comes_before_the_inputs(model):
             assert new is old and found.axes == before.axes
 
 
+@pytest.mark.slow
 def test_the_order_changes_nothing_that_is_computed(model):
     """With an adapter, too; merged, it is in the kernel's order."""
     batch, _ = batch_of(CONFIG, ROWS)
@@ -57,6 +58,7 @@ def test_the_order_changes_nothing_that_is_computed(model):
     jax.tree.map(assert_close, merged, outputs_first(lora.merge_lora(adapter)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stacked", "config"),
     [(True, None), (True, quantize.QuantConfig("int8")), (False, quantize.QuantConfig("int4", group=16))],
@@ -90,6 +92,7 @@ def test_muon_knows_inputs_from_outputs(model):
     assert (gate_up.reduction_axis, gate_up.output_axis) == ((2,), (1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 def test_several_inputs_and_outputs_compute_the_same(dtype):
     """Which no layer of the model has."""

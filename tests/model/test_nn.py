@@ -127,6 +127,7 @@ def test_float32_is_multiplied_as_float32():
     assert nn.precision(jnp.bfloat16) == jax.lax.Precision.DEFAULT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "in_tiles"), [(12, True), (10, False)])
 def test_many_tokens_go_through_an_mlp_in_tiles(monkeypatch, length, in_tiles):
     """On a CPU, where a tile divides a row: the same values and gradients."""

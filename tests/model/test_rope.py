@@ -113,6 +113,7 @@ def test_dynamic_rope_forgets_longer_calls():
         assert_close(one, select(other, [1, 1, 2]), tolerance=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mesh")
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_steps_across_the_limit_equal(tmp_path, name):

@@ -29,6 +29,8 @@ from train.rl.compile_for_topology import (
     update_program,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Glm4vConfig.tiny()
 SHAPES = Shapes(2, 32, 2, 64)
 REWARD = RewardJob(CONFIG, dict(fsdp=2, kv=2), dict(kv=2, q=2), LoraConfig(rank=4))

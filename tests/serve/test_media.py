@@ -500,6 +500,7 @@ def test_videos_of_too_many_tokens_are_refused_before_they_are_decoded(tmp_path,
         processor.video_processor(source)
 
 
+@pytest.mark.slow
 def test_a_server_takes_nothing_else_from_strangers(serving, port, heard, names):
     names["good.example"] = [["127.0.0.1"]]
     policy = MediaPolicy(hosts=AllowedHosts(("good.example",), allow_private=True))

@@ -144,6 +144,7 @@ def lines_of(figure):
 # With the model.
 
 
+@pytest.mark.slow
 def test_a_digit_is_located_and_its_box_drawn(open_page):
     opened = open_page()
     example = held_out("grounding2")[EXAMPLE]

@@ -209,6 +209,7 @@ def begin(tokenizer):
     return SequenceState(Prompt.of_text([5]), GenerationConfig(eos_token_id=EOS), tokenizer, 1000)
 
 
+@pytest.mark.slow
 def test_a_client_calls_a_tool_and_sends_back_what_it_shows(serving, monkeypatch, tiny_engine):
     """With the template of the siblings: thought, text and calls, then a result with an image in it."""
     monkeypatch.setattr(tiny_engine.processor, "chat_template", FAMILY_TEMPLATE)

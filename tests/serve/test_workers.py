@@ -20,6 +20,7 @@ async def turn():
         await asyncio.sleep(0)
 
 
+@pytest.mark.slow
 def test_what_clients_that_leave_have_sent_is_forgotten_while_all_threads_are_busy():
     async def check():
         workers, end = Workers(1, 2), threading.Event()

@@ -158,6 +158,7 @@ def test_digits_move_in_the_direction_of_the_answer():
     assert min(counts.values()) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(NUM_FRAMES))
 def test_one_frame_does_not_reveal_the_direction(number):
     """Neighbours by where the digit is in one frame guess it too often to be called chance, but far from well."""

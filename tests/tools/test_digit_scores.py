@@ -86,6 +86,7 @@ def test_an_answer_is_in_format_with_one_box(text, expected):
     assert is_in_format(text) is expected
 
 
+@pytest.mark.slow
 def test_only_the_nearest_neighbour_is_a_strong_baseline():
     """1-NN is hard to beat; a constant box and a constant direction are not."""
     assert nearest_neighbour() == 354 / 360  # of sums of integers

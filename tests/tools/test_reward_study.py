@@ -35,6 +35,7 @@ def test_all_has_runs_of_the_same_seeds():
     assert len({tuple(seed for arm, seed in sorted(ALL) if arm == name) for name in (LEARNS, UNIFORM)}) == 1
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_is_measured_and_is_not_repeated(tmp_path, monkeypatch, capsys):
     """What answers held-out digits is `score_tiny.answers`, which has tests of its own; here it knows one in two."""
     said = "<think></think><answer><|begin_of_box|>{}<|end_of_box|></answer>"

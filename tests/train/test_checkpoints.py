@@ -167,6 +167,7 @@ class TestDamage:
     def directory(self, two, tmp_path):
         return shutil.copytree(two, tmp_path / "checkpoints")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("is_noted", [True, False])
     @pytest.mark.parametrize("kind", DAMAGES)
     def test_the_one_before_is_used_or_the_damage_is_harmless(self, two, state, tmp_path, kind, is_noted):

@@ -56,6 +56,7 @@ def merged(adapter, tmp_path_factory):
     return directory, export.export_merged(RANDOM_CHECKPOINT, adapter, directory, written="float32")
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_verified(merged, config):
     directory, verified = merged
     assert verified.difference <= verified.tolerance < 1.5e-5 < 0.05 < verified.effect
@@ -115,6 +116,7 @@ def _with(tensor, scale):
     return dataclasses.replace(tensor, pair=tensor.pair._replace(scale=tensor.pair.scale * scale))
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_is_verified(base, tmp_path, monkeypatch):
     """That of a quantised base too, which is compared on that base."""
     model = trained(quantize.quantize_model(base, quantize.QuantConfig("int4")), lora.LoraConfig(rank=2))
@@ -128,6 +130,7 @@ def test_an_exported_adapter_is_verified(base, tmp_path, monkeypatch):
     assert jax.tree.structure(load_adapter(lora.drop_lora(model), tmp_path / "adapter"))  # the first is still there
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_verified(base, tmp_path, monkeypatch):
     """A whole model, as bfloat16 of what was trained in float32; not one that comes back with other weights."""
     exported = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge_lora(trained(base, lora.LoraConfig(rank=2))))

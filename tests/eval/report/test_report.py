@@ -181,6 +181,7 @@ def opened(browser, report):
     opened.page.close()
 
 
+@pytest.mark.slow
 def test_images_load_and_boxes_lie_over_them(opened):
     page = opened.page
     assert page.locator("img").count() == 3 + MAX_FRAMES + 1
@@ -218,6 +219,7 @@ def test_boxes_can_be_hidden(opened):
     assert opened.page.locator(".mark:visible").count() == 0
 
 
+@pytest.mark.slow
 def test_filters_search_and_sorting(opened):
     page = opened.page
     everything = ["right", "wrong", "point", "video", "cut", "cut-but-parsed", "silent", "unclear", "lost", INJECTION]

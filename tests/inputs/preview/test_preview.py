@@ -327,6 +327,7 @@ def test_a_drawing_shows_the_image_between_its_lines(processor, save):
         assert share[sorted(set(range(len(share))) - lines)].max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_lines_show_on_every_ground(processor, save, level):
     for height in (112, 2800):
@@ -345,6 +346,7 @@ def test_small_patches_are_not_outlined(processor, save):
     assert "tokens of 2 x 2 patches" in fine.lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(28, 5600), (5600, 28), (60, 3000), (2800, 2800), (84, 84)])
 @pytest.mark.parametrize("files", [1, 3, 50])
 def test_drawings_keep_within_their_room(processor, save, height, width, files):

@@ -148,6 +148,7 @@ def test_a_large_cache_is_read_as_far_as_it_is_used(small_blocks, monkeypatch, u
     assert_close(found, expected, np.asarray(segments) > 0, tolerance=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("t", [1, FEW_QUERIES, FEW_QUERIES + 1])
 def test_an_int8_cache_equals_its_floats(small_blocks, monkeypatch, t, platform):

@@ -57,6 +57,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_heads", "groups"), [(2, 3), (4, 1)])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_blockwise(monkeypatch, name, kv_heads, groups):

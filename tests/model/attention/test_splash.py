@@ -80,6 +80,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", MASKS)
 def test_equals_blockwise(name, causal):
@@ -94,6 +95,7 @@ def test_equals_blockwise(name, causal):
     assert not np.asarray(found[0])[blind].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_heads", "groups"), [(3, 1), (1, 16)])
 def test_each_group_of_query_heads_has_its_own_keys(kv_heads, groups):
     """Each group of query heads has its own keys."""
@@ -117,6 +119,7 @@ def test_queries_may_start_at_any_slot(start):
     assert not np.asarray(found[0])[np.asarray(expected[0]) == 0].any()
 
 
+@pytest.mark.slow
 def test_attention_to_disjoint_keys_merges():
     """Attention to a cache and to the new tokens, each with the sums that it takes to put them together."""
     t, s = 130, 260

@@ -81,6 +81,7 @@ def runner(checkpoints):
     return Runner(checkpoints("base"), 1)
 
 
+@pytest.mark.slow
 def test_logits_on_one_device_are_those_of_the_model(runner, expected):
     assert_equal_logits(logits_of(runner), expected)
 
@@ -127,6 +128,7 @@ class WordPrompts(Prompts):
         return self.random.choice(800, n).tolist()
 
 
+@pytest.mark.slow
 def test_logits_of_glm_ocr_are_those_of_the_model(tmp_path):
     """The member of the family of another structure that vLLM has a processor for."""
     directory = checkpoint("ocr", tmp_path)
@@ -137,6 +139,7 @@ def test_logits_of_glm_ocr_are_those_of_the_model(tmp_path):
     np.testing.assert_allclose(logits, model(**prompts.inputs).logits[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_weights(ours, checkpoints, runner, tmp_path):
     model = ours("base")
     adapted = trained(model.module)

@@ -168,6 +168,7 @@ def real_samples():
     return [encode(record(contents, i), processor, CONFIG) for i, contents in enumerate(conversations)]
 
 
+@pytest.mark.slow
 def test_packed_equals_unpacked_to_the_model(scores, real_samples):
     length = 160
     tokens = [len(sample) for sample in real_samples]

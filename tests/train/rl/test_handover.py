@@ -24,6 +24,7 @@ def buffers(tree):
     return {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["full", "lora", "dora", "frozen"])
 def test_the_engine_gets_what_was_trained(mesh, lowerings, kind, dtype):
