@@ -347,7 +347,7 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
             "/v1/chat/completions",
             {"messages": [*hello(), {"role": "user", "content": [{"type": "text", "text": "?"}, SLIVER]}]},
             400,
-            "messages[1].content[1]: found 1 x 2000 pixels; expected sides of at most 200 to 1",
+            "messages[1].content[1]: found 2000 x 1 pixels; expected sides of at most 200 to 1",
         ),
         ("POST", "/v1/completions", {"prompt": [10**6]}, 400, "prompt: found token 1000000"),
         ("POST", "/v1/completions", {"prompt": "<|image|>"}, 400, "image"),
