@@ -102,8 +102,9 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def finish(name: str, figures: Mapping[str, Any], *shown: Table | str, directory: pathlib.Path = RESULTS) -> int:
-    """Print tables and sentences, write `<name>.json`; returns the exit status, 1 if an aim is missed."""
+def finish(name: str, figures: Mapping[str, Any], *shown: Table | str, directory: pathlib.Path | None = None) -> int:
+    """Print tables and sentences, write `<name>.json` to `RESULTS`; returns the exit status, 1 if an aim is missed."""
+    directory = directory or RESULTS
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
