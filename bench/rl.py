@@ -4,7 +4,10 @@
 
 About 35 million random float32 parameters on a CPU, two ways in turns, ratios within a round:
 
-- rollouts: answers to one prompt from one prefill, and from a prefill each; prompts four times as long as answers;
+- rollouts: answers to one prompt from one prefill, and from a prefill each; prompts 4, 8, and 16 times as long as
+  answers. Beside the ratio stands its ceiling, what it would be if sharing cost nothing, neither copies of keys and
+  values nor waiting: the time with a prefill each, about n P + D, by P + D, where P is the time of one prefill a group
+  and D that of decoding;
 - rollouts about an image: encoded once a group, and once an answer;
 - training on them: an image once a group in the micro-batch, and once an answer. The ViT's work is what it encodes.
 
@@ -22,7 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -59,12 +63,14 @@ PHASES = ("rollout", "scoring", "packing", "learning", "handover")
 
 
 class Sizes(NamedTuple):
-    """How much is measured: n answers to each of some prompts; a square image; steps of the job, and its problems."""
+    """How much is measured: n answers to each of some prompts; a square image; steps of the job, and its problems.
+
+    `rollouts` has tokens of prompts and of their answers.
+    """
 
     n: int
     groups: int
-    prompt: int
-    answer: int
+    rollouts: tuple[tuple[int, int], ...]
     image: int
     image_answer: int
     steps: int
@@ -72,8 +78,13 @@ class Sizes(NamedTuple):
     prompts: int
 
 
-FULL = Sizes(n=8, groups=2, prompt=512, answer=128, image=336, image_answer=32, steps=21, problems=64, prompts=8)
-QUICK = Sizes(n=2, groups=1, prompt=24, answer=6, image=84, image_answer=4, steps=3, problems=24, prompts=2)
+FULL = Sizes(
+    n=8, groups=2, rollouts=((512, 128), (512, 64), (512, 32)), image=336, image_answer=32, steps=21, problems=64,
+    prompts=8,
+)  # fmt: skip
+QUICK = Sizes(
+    n=2, groups=1, rollouts=((24, 6), (24, 3)), image=84, image_answer=4, steps=3, problems=24, prompts=2
+)  # fmt: skip
 
 
 class Model:
@@ -96,19 +107,18 @@ class Model:
         runtime = Runtime.of(handover(params), mesh, GenerationConfig())
         processor = Glm4vProcessor.from_pretrained(directory)
         self.engine = Engine(runtime, processor, num_slots=sizes.n * sizes.groups)
-        self.engine.reserve(sizes.prompt + sizes.answer)
         self._options: dict[str, Any] = dict(
             do_sample=True, top_k=0, suppress_tokens=banned, logprobs=0, logprobs_of="sampling", eos_token_id=-1
         )
         self._batches: dict[str, list[RolloutBatch]] = {}
 
-    def rollout(self, way: str) -> float:
-        """Sample answers to prompts of text, from a prefill each or for all of a group."""
+    def rollout(self, way: str, prompt: int, answer: int) -> float:
+        """Sample answers to prompts of text, from a prefill each or for all of a group; both lengths in tokens."""
         sizes, rng = self.sizes, np.random.default_rng(0)
         size = min(self._config.text_config.vocab_size, *media_tokens(self._config))
         count = sizes.groups if way == "one prefill" else sizes.groups * sizes.n
-        prompts = [Prompt.of_text(rng.integers(0, size, sizes.prompt).tolist()) for _ in range(count)]
-        return self._sample(prompts, sizes.groups * sizes.n // count, sizes.answer)[0]
+        prompts = [Prompt.of_text(rng.integers(0, size, prompt).tolist()) for _ in range(count)]
+        return self._sample(prompts, sizes.groups * sizes.n // count, answer)[0]
 
     def rollout_about_images(self, way: str) -> float:
         """Sample answers to prompts with an image, a prefill each; the image is one of the group's, or of its own."""
@@ -176,35 +186,75 @@ class Model:
         return self._batches[way]
 
 
+class Pair(NamedTuple):
+    """Two ways of a method of `Model`, the first of which shares; amounts of a unit, and the ratio that is aimed at."""
+
+    what: str
+    task: str
+    ways: tuple[str, str]
+    unit: str
+    amount: int
+    aim: float | None = None
+    lengths: Mapping[str, int] = MappingProxyType({})
+
+
+SIDES = ("ours", "theirs")
+_PREFILLS = ("one prefill", "each its own")
+_IMAGES = ("once a group", "once an answer")
+
+
 def compared(model: Model, rounds: int) -> list[dict[str, Any]]:
     """All pairs of ways, in turns."""
     sizes = model.sizes
     answers = sizes.n * sizes.groups
-    pairs: list[tuple[str, str, tuple[str, str], str, float, float | None]] = [
-        ("rollouts: one prefill a group, or one an answer", "rollout", ("one prefill", "each its own"), "tokens/s",
-         answers * sizes.answer, MIN_ROLLOUT_RATIO),
-        ("rollouts: an image encoded once a group, or once an answer", "rollout_about_images",
-         ("once a group", "once an answer"), "answers/s", answers, None),
-        ("training: an image encoded once a group, or once an answer", "learn", ("once a group", "once an answer"),
-         "samples/s", answers, None),
+
+    def rollouts(prompt: int, answer: int) -> Pair:
+        what = f"rollouts, prompts {prompt // answer} x answers ({prompt} / {answer}): a prefill a group, or an answer"
+        lengths = {"prompt": prompt, "answer": answer}
+        return Pair(what, "rollout", _PREFILLS, "tokens/s", answers * answer, MIN_ROLLOUT_RATIO, lengths)
+
+    shown = [
+        *(rollouts(*lengths) for lengths in sizes.rollouts),
+        Pair("rollouts: an image encoded once a group, or an answer", "rollout_about_images", _IMAGES, "answers/s",
+             answers),
+        Pair("training: an image encoded once a group, or an answer", "learn", _IMAGES, "samples/s", answers),
     ]  # fmt: skip
+    prefills = {prompt: rollouts(prompt, 1) for prompt, _ in sizes.rollouts}
+    pairs = [*shown, *prefills.values()]
     works = [
-        {side: TimedTask(task, {"way": way}) for side, way in zip(("ours", "theirs"), ways, strict=True)}
-        for _, task, ways, *_ in pairs
+        {side: TimedTask(pair.task, {"way": way, **pair.lengths}) for side, way in zip(SIDES, pair.ways, strict=True)}
+        for pair in pairs
     ]
 
-    def work(task: str, way: str) -> float:
-        return getattr(model, task)(way)
+    def work(task: str, **arguments: Any) -> float:
+        return getattr(model, task)(**arguments)
 
     results = turns.measure({"ours": work, "theirs": work}, works, rounds)
-    return [
-        {
-            "what": what,
-            "unit": unit,
-            **turns.compare([one["ours"] for one in each], [one["theirs"] for one in each], amount, aim),
-        }
-        for (what, _, _, unit, amount, aim), each in zip(pairs, results, strict=True)
-    ]
+    of_prefills = dict(zip(prefills, results[len(shown) :], strict=True))
+    lines = list[dict[str, Any]]()
+    for pair, each in zip(shown, results, strict=False):
+        ours, theirs = ([one[side] for one in each] for side in SIDES)
+        lines.append({"what": pair.what, "unit": pair.unit, **turns.compare(ours, theirs, pair.amount, pair.aim)})
+        if pair.lengths:
+            both = zip(each, of_prefills[pair.lengths["prompt"]], strict=True)
+            ceilings = [ceiling(one, prefill, sizes.n) for one, prefill in both]
+            lines[-1] |= {**pair.lengths, "ceiling": turns.spread(ceilings)}
+    return lines
+
+
+def ceiling(rollouts: Mapping[str, float], prefills: Mapping[str, float], n: int) -> float:
+    """Return the ratio of rollouts with a prefill each to those that share one, if sharing cost nothing.
+
+    Args:
+      rollouts: seconds of both sides.
+      prefills: the same, of one token an answer: nearly without decoding.
+      n: answers that share.
+
+    >>> ceiling({"ours": 5.0, "theirs": 11.5}, {"ours": 1.5, "theirs": 8.0}, n=8)
+    2.5555555555555554
+    """
+    decoding = rollouts["ours"] - prefills["ours"]
+    return rollouts["theirs"] / (prefills["theirs"] / n + decoding)
 
 
 def vision_work(model: Model) -> dict[str, Any]:
@@ -296,7 +346,7 @@ def run(sizes: Sizes, rounds: int, directory: pathlib.Path) -> dict[str, Any]:
         "load_before": load,
         "rounds": rounds,
         "parameters": models.num_parameters(content),
-        "sizes": sizes._asdict(),
+        "sizes": sizes._asdict() | {"rollouts": [list(lengths) for lengths in sizes.rollouts]},
         "lines": lines,
         "vision": vision,
         "job": job,
@@ -308,13 +358,12 @@ def tables(figures: dict[str, Any]) -> list[report.Table]:
     """The comparisons, and the job."""
     sizes, job, vision = figures["sizes"], figures["job"], figures["vision"]
     title = (
-        f"{figures['parameters'] / 1e6:.0f}M parameters, {sizes['groups']} groups of {sizes['n']}, prompts of "
-        f"{sizes['prompt']} tokens and answers of {sizes['answer']}, images of {sizes['image']} x {sizes['image']}, "
-        f"{figures['rounds']} rounds"
+        f"{figures['parameters'] / 1e6:.0f}M parameters, {sizes['groups']} groups of {sizes['n']}, images of "
+        f"{sizes['image']} x {sizes['image']}, {figures['rounds']} rounds"
     )
     speeds = [
         (f"{line['what']}, {line['unit']}", *(f"{line[side]['median']:,.1f}" for side in ("ours", "theirs")),
-         *report.judged(line))
+         f"{line['ceiling']['median']:.2f}" if "ceiling" in line else "", *report.judged(line))
         for line in figures["lines"]
     ]  # fmt: skip
     verdict = report.verdict(vision["passed"])
@@ -335,7 +384,7 @@ def tables(figures: dict[str, Any]) -> list[report.Table]:
         ("programs compiled after the first step", compiled, 0, report.verdict(not compiled)),
     ]  # fmt: skip
     return [
-        report.Table(title, ("", "shared", "each its own", "ratio", "aim", ""), speeds),
+        report.Table(title, ("", "shared", "each its own", "ceiling", "ratio", "aim", ""), speeds),
         report.Table("encoded by the ViT", ("", "shared", "each its own", "ratio", "aim", ""), encoded),
         report.Table("a job, and the share of each phase of its steps", ("", "", "aim", ""), phases),
     ]

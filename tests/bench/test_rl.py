@@ -17,7 +17,7 @@ def test_a_group_that_shares_its_image_is_encoded_once(mesh):
     n, groups = rl.QUICK.n, rl.QUICK.groups
     assert found["images_of_rollouts"] == [groups, n * groups] and found["passed"]
     assert found["patches_of_training"] == [36 * groups, 36 * n * groups]
-    assert model.rollout("one prefill") > 0 and model.rollout("each its own") > 0
+    assert model.rollout("one prefill", 24, 3) > 0 and model.rollout("each its own", 24, 3) > 0
 
 
 class Stub:
@@ -26,7 +26,8 @@ class Stub:
     sizes = rl.QUICK
 
     def __init__(self, ratio):
-        self.rollout = self.rollout_about_images = self.learn = lambda way: ratio if "its own" in way else 1.0
+        self.rollout_about_images = self.learn = lambda way: 1.0
+        self.rollout = lambda way, prompt, answer: (ratio if "its own" in way else 1.0) * (1 + answer) * prompt
 
 
 @pytest.mark.parametrize(("ratio", "handover", "compiles", "passed"), [
@@ -49,6 +50,13 @@ def test_a_run_passes_with_all_aims(tmp_path, monkeypatch, ratio, handover, comp
     shared = {"ratios": {"patches": 2.0}, "patches": [1, 2], "aim": 2, "passed": True}
     monkeypatch.setattr(rl, "vision_work", lambda model: shared)
     figures = rl.run(rl.QUICK, 2, tmp_path)
+    lines = [line for line in figures["lines"] if "ceiling" in line]
+    assert [(line["prompt"], line["answer"]) for line in lines] == list(rl.QUICK.rollouts)
+    for (
+        line
+    ) in lines:  # in units of the prompt: one of the two prefills takes `ratio`, decoding one a token but for one
+        answer = line["answer"]
+        assert line["ceiling"]["median"] == pytest.approx(ratio * (1 + answer) / (ratio + answer - 1))
     assert figures["passed"] == passed and json.loads(json.dumps(figures)) == figures
     job = figures["job"]
     assert job["steps"] == 2 and job["shares"]["rollout"] == pytest.approx(0.5 / 1.0)
