@@ -441,7 +441,7 @@ class Job:
           OSError: the disk refuses.
         """
         if self.config.lora is not None:
-            return export_adapter(self.weights(params).model(), self.config.model, out / ADAPTER)
+            return export_adapter(self.weights(params).cast(), self.config.model, out / ADAPTER)
         exported = self.layout.exported(params, self.frozen, self.dtypes)
         return export_model(exported, self.dtype, self.config.model, out / MODEL)
 

@@ -86,8 +86,14 @@ class Weights:
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     def model(self) -> Glm4v:
-        """Return the model in its compute dtype."""
+        """Return the model in its compute dtype, within a program."""
         return self.layout.model(self.params, self.frozen, self.dtype)
+
+    def cast(self) -> Glm4v:
+        """Return the same model outside of one: leaves of another dtype are cast together, others are not copied."""
+        leaves = {**self.frozen, **self.params}
+        found = _in_dtypes(leaves, {path: _dtype(path, leaf, self.dtype) for path, leaf in leaves.items()})
+        return jax.tree.unflatten(self.layout.structure.treedef, [found[path] for path in self.layout.paths])
 
 
 def _in_dtypes(leaves: Mapping[str, Array], dtypes: Mapping[str, DTypeLike]) -> Leaves:
@@ -103,8 +109,12 @@ def _cast_all(leaves: list[Array], dtypes: tuple[np.dtype, ...]) -> list[Array]:
 
 
 def _cast(path: str, leaf: Array, dtype: DTypeLike) -> Array:
+    return leaf.astype(_dtype(path, leaf, dtype))
+
+
+def _dtype(path: str, leaf: Array, dtype: DTypeLike) -> DTypeLike:
     is_kept = is_lora(path) or is_scale(path) or jnp.issubdtype(leaf.dtype, jnp.integer)
-    return leaf if is_kept else leaf.astype(dtype)
+    return leaf.dtype if is_kept else dtype
 
 
 def split(model: Glm4v, is_trained: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
