@@ -24,6 +24,9 @@ _BLOCK = 4096
 
 _SAMPLE = 32
 
+Buffers = collections.deque[mmap.mmap]
+"""Buffers that nothing is read into at the moment; the files of a checkpoint share them."""
+
 
 class MappedFile:
     """A file that is not empty.
@@ -33,7 +36,7 @@ class MappedFile:
     ...     size = file.write(b"0123456789" * 1000)
     ...     file.flush()
     ...     mapped = MappedFile(Path(file.name))
-    ...     with mapped.fetched(np.frombuffer(mapped.memory, np.uint8)[5000:5003]) as part:
+    ...     with mapped.fetched(np.frombuffer(mapped.memory, np.uint8)[5000:5003], Buffers()) as part:
     ...         part.tobytes()
     b'012'
 
@@ -49,7 +52,6 @@ class MappedFile:
             self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # The first from which `os.preadv` reads a part is used for it.
             self._descriptors = [self._kept(os.dup(file.fileno()))] if hasattr(os, "preadv") else []
-        self._buffers = collections.deque[mmap.mmap]()
 
     def bypass_cache(self) -> None:
         """Read parts past the page cache from now on, if the file is not there and the system and its device can."""
@@ -64,7 +66,7 @@ class MappedFile:
         return 0 <= self._start(view) < len(self.memory)
 
     @contextlib.contextmanager
-    def fetched(self, view: np.ndarray) -> Iterator[np.ndarray]:
+    def fetched(self, view: np.ndarray, buffers: Buffers) -> Iterator[np.ndarray]:
         """Give an array equal to a view of `memory`, valid inside the context: a copy, or the view if it is large.
 
         Threads may call it at the same time; each of them has a buffer.
@@ -76,7 +78,7 @@ class MappedFile:
             yield view
             return
         try:
-            buffer = self._buffers.pop()
+            buffer = buffers.pop()
         except IndexError:
             buffer = mmap.mmap(-1, PART_BYTES + 2 * _BLOCK)  # where pages begin
         try:
@@ -85,7 +87,7 @@ class MappedFile:
             else:
                 yield view
         finally:
-            self._buffers.append(buffer)
+            buffers.append(buffer)
 
     def _read(self, buffer: mmap.mmap, start: int, nbytes: int) -> bool:
         """Whether that many bytes, from a multiple of blocks on, are in the buffer now."""

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from glm4v_jax.checkpoints.mapped_file import MappedFile
+from glm4v_jax.checkpoints.mapped_file import Buffers, MappedFile
 from glm4v_jax.checkpoints.strided_copy import in_order
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.errors import CheckpointError, counted, not_there
@@ -206,6 +206,7 @@ class CheckpointFiles(TensorInfos):
     def __init__(self, directory: Path, files: list[SafetensorsFile]):
         self.directory = directory
         self.files = tuple(files)
+        self._buffers = Buffers()
         self._file_of = {name: file for file in files for name in file}
         self._infos = {name: file[name] for name, file in self._file_of.items()}
 
@@ -216,7 +217,7 @@ class CheckpointFiles(TensorInfos):
     def fetched(self, view: np.ndarray) -> contextlib.AbstractContextManager[np.ndarray]:
         """Give an array equal to a view that `read` made, or to any other array; see `MappedFile.fetched`."""
         mapped = next((file.mapped for file in self.files if file.mapped.holds(view)), None)
-        return contextlib.nullcontext(view) if mapped is None else mapped.fetched(view)
+        return contextlib.nullcontext(view) if mapped is None else mapped.fetched(view, self._buffers)
 
     def bypass_cache(self) -> None:
         """Let `fetched` read past the page cache; see `MappedFile.bypass_cache`."""

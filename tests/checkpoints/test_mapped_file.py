@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm4v_jax.checkpoints import mapped_file
-from glm4v_jax.checkpoints.mapped_file import MappedFile
+from glm4v_jax.checkpoints.mapped_file import Buffers, MappedFile
 
 NUMBERS = np.random.default_rng(0).integers(0, 256, 50_001, np.uint8)
 
@@ -47,17 +47,19 @@ def views(memory):
 
 
 def test_a_part_is_the_view_of_the_map(mapped):
+    buffers = Buffers()
     for view in views(mapped.memory):
-        with mapped.fetched(view) as part:
+        with mapped.fetched(view, buffers) as part:
             np.testing.assert_array_equal(part, view, strict=True)
+    assert len(buffers) <= 1  # again and again
 
 
 def test_threads_have_buffers_of_their_own(mapped):
     view = np.frombuffer(mapped.memory, np.uint8)
-    all_inside, found = threading.Barrier(4, timeout=30), []
+    buffers, all_inside, found = Buffers(), threading.Barrier(4, timeout=30), []
 
     def read(first):
-        with mapped.fetched(view[first : first + 9000]) as part:
+        with mapped.fetched(view[first : first + 9000], buffers) as part:
             all_inside.wait()
             found.append(np.array_equal(part, NUMBERS[first : first + 9000]))
 
