@@ -114,7 +114,10 @@ class Describe(JsonOptions):
         return sorted(names), skipped
 
     def _files(self) -> Iterator[pathlib.Path]:
-        for directory, inside, files in os.walk(self.directory):
+        def refuse(error: OSError) -> None:
+            raise error  # a directory that cannot be read is not an empty one
+
+        for directory, inside, files in os.walk(self.directory, onerror=refuse):
             inside[:] = [name for name in inside if not name.startswith(".")] if self.recursive else []
             for name in files:
                 path = pathlib.Path(directory, name)

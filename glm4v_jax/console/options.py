@@ -467,11 +467,23 @@ def check_files(option: str, places: Iterable[str], *, directories: bool = False
     for place in places:
         if is_address(place):
             continue
-        if not place or not os.path.exists(place):
+        if _is_denied(place):
+            faults.append(f"{option}: found {place}, a path without permission to read; expected an image or a video")
+        elif not place or not os.path.exists(place):
             faults.append(not_there(place, "an image or a video", option))
         elif os.path.isdir(place) and not directories:
             faults.append(f"{option}: found {place}, a directory; expected an image; frames of a video: --video")
     raise_faults(faults, MediaError)
+
+
+def _is_denied(place: str) -> bool:
+    try:
+        os.stat(place)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return not os.access(place, os.R_OK)
 
 
 def _is_tiny(model: str) -> bool:

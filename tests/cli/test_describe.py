@@ -168,6 +168,22 @@ def test_an_invalid_directory_or_file_is_refused(folder, capfd, arguments, words
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(folder, capfd, monkeypatch):
+    (folder / "private").mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert describe("photos", "--recursive") == 1
+    assert "photos/private: Permission denied" in capfd.readouterr().err
+    assert not (folder / "captions.jsonl").exists()
+
+
 def test_an_image_is_known_by_its_content_or_else_its_name(folder):
     images = {path.name for path in folder.rglob("*") if path.is_file() and is_image(path)}
     assert images == {"a.png", "b.jpg", "c.webp", "d.png", ".e.png", "no extension", "cut.png"}

@@ -131,6 +131,13 @@ def test_a_truncated_image_is_named(refused, kind):
     assert "cut.bin" in refused("--image", "cut.bin", "Hello")
 
 
+def test_a_file_that_may_not_be_read_is_not_called_missing(refused, monkeypatch):
+    save_noise("private.png", height=30, width=30)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "private.png" and access(path, mode))
+    assert "--image: found private.png, a path without permission" in refused("--image", "private.png", "Hello")
+
+
 def test_an_image_with_an_extreme_aspect_ratio_is_refused(refused):
     save_noise("sliver.png", height=30, width=30 * 201)
     assert "smaller than 200, got 201.0: 6030 x 30 pixels" in refused("--image", "sliver.png", "Hello")
