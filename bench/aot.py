@@ -73,7 +73,7 @@ COLUMNS = (
     "x its part", "in the layer loop", "elsewhere", "copies", "floor ms", "estimated ms", "",
 )  # fmt: skip
 MAX_TEMPORARIES = 0.05
-"""GiB, of decoding."""
+"""GiB, of decoding; of rollouts, whose rows are many, beside the logits of them."""
 TARGET = ("decode", (8, 4096), "v5e:2x4")
 MAX_RATIO, MAX_ALL_REDUCES, MAX_SECONDS = 1.03, 2, 30
 MAX_ARGUMENTS = {("decode", (8, 4096), "v5e:1x1"): 11.3}
@@ -166,10 +166,10 @@ def passes(case: tuple[str, Any, str, dict[str, Any]], found: dict[str, Any], me
 
     A single row must not take longer than eight, of which `megacycles` has what was compiled before.
     """
-    kind, numbers, topology, _ = case
+    kind, numbers, topology, sizes = case
     faults = [not found["fits"], found["arguments"] > MAX_ARGUMENTS.get((kind, numbers, topology), math.inf)]
     if "rollout" in kind:
-        faults += [bool(found["copies"]), found["temporaries"] > MAX_TEMPORARIES]
+        faults += [bool(found["copies"]), found["temporaries"] > MAX_TEMPORARIES + aot_rl.logits(sizes)]
     if kind == "decode":
         batch, *slots = numbers
         megacycles[batch, *slots, topology] = found["megacycles"]

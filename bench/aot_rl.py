@@ -5,8 +5,12 @@ with the optimizer's state beside them. The engine's weights and caches are rele
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+ROWS, VOCABULARY = 64, 151_552
+"""Of rollouts."""
 LENGTH = 8192
 """Tokens of a row, and patches of a vision row; as many rows of both as the mesh divides a batch into."""
 
@@ -60,7 +64,7 @@ def compile_case(kind: str, number: int) -> dict[str, Any]:
     elif kind == "handover":
         program = programs.handover_program(job)
     else:
-        program = programs.rollout_program(job, 64, 16_384 if kind == "long rollout" else 4096)
+        program = programs.rollout_program(job, ROWS, 16_384 if kind == "long rollout" else 4096)
     sizes = engine if "rollout" in kind else one.training
     compiled = compile_for(program, config, one.topology, quantize=None, **sizes)
     found = dataclasses.asdict(compiled) | {"fits": compiled.fits}
@@ -70,6 +74,11 @@ def compile_case(kind: str, number: int) -> dict[str, Any]:
     if counts:
         return aot_train.finished(found, dataclasses.asdict(counts[0]))
     return found | {"floor_ms": _moved_ms(found)}
+
+
+def logits(sizes: Mapping[str, int]) -> float:
+    """Logits of a rollout in float32, GiB a chip: rows are split over `data`, the vocabulary over `kv` and `q`."""
+    return 4 * ROWS * VOCABULARY / math.prod(sizes.get(name, 1) for name in ("data", "kv", "q")) / 2**30
 
 
 def _moved_ms(found: dict[str, Any]) -> tuple[float, float]:

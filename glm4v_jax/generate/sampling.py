@@ -8,14 +8,15 @@ B: rows, V: vocabulary, W: candidates. Logits may be sharded over V: each shard 
 gathered only where those do not decide (a large or no top-k together with top-p).
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Key, Num, Shaped
 
 from glm4v_jax.config.generation import SamplingParams
 
@@ -58,7 +59,11 @@ def choose(scores: Callable[[], Float[Array, "B V"]], params: SamplingParams, ke
     greedy = jnp.argmax(scores(), axis=-1).astype(jnp.int32)
 
     def drawn() -> Int[Array, "B"]:
-        tokens = jax.vmap(jax.random.categorical)(keys, warped(scores(), params)).astype(jnp.int32)
+        logits = warped(scores(), params)
+        # `jax.random.categorical` is this, but draws the noise of the whole vocabulary on every device of a mesh.
+        part = None if jax.typeof(logits).sharding.mesh.empty else jax.P(_spec(logits)[1])
+        draw = functools.partial(jax.random.gumbel, shape=logits.shape[1:], dtype=logits.dtype, out_sharding=part)
+        tokens = jnp.argmax(logits + jax.vmap(draw)(keys), axis=-1).astype(jnp.int32)
         return jnp.where(do_sample, tokens, greedy)
 
     # Top-k, top-p and sampling take longer than a small model's layers.
@@ -97,7 +102,7 @@ def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Ar
     from_sorted = jax.vmap(_cut)
 
     def from_all() -> tuple[Float[Array, "B"], Int[Array, "B"]]:
-        return _of_a_few_rows(_cut_of_all, _gathered(scores), top_k, top_p)
+        return _of_a_few_rows(_cut_of_all, scores, top_k, top_p)
 
     if scores.shape[-1] <= _WINDOW:
         return from_all()
@@ -117,28 +122,32 @@ def _cut_of_all(
     return jax.vmap(_cut)(*lax.sort((scores, ids), num_keys=1), top_k, top_p)[:2]
 
 
-def _of_a_few_rows(function: Callable[..., Any], *arrays: Array) -> Any:
-    """Apply a function of rows to a few of each device's at a time: to sort a row takes 1.7 MiB, to sort 64 110 MiB."""
-    first = jax.typeof(arrays[0]).sharding
-    rows = first.shard_shape(arrays[0].shape)[0]
-    if rows <= _FEW_ROWS:
-        return function(*arrays)
-    count = max(n for n in range(1, _FEW_ROWS + 1) if rows % n == 0)
+def _of_a_few_rows(function: Callable[..., Any], scores: Float[Array, "B V"], *arrays: Shaped[Array, "B"]) -> Any:
+    """Apply a function of whole rows to a few of each device's at a time: to sort a row takes 1.7 MiB, 64 110 MiB."""
+    first, (rows, names) = jax.typeof(scores).sharding, _spec(scores)
+    count = first.shard_shape(scores.shape)[0]
+    if count <= _FEW_ROWS:
+        return function(_gathered(scores), *arrays)
+    few = max(n for n in range(1, _FEW_ROWS + 1) if count % n == 0)
 
     def local(*arrays: Array) -> Any:
-        groups = [x.reshape(-1, count, *x.shape[1:]) for x in arrays]
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(lambda group: function(*group), groups))
+        def of_group(group: Sequence[Array]) -> Any:
+            scores, *others = group
+            return function(scores if names is None else lax.all_gather(scores, names, axis=1, tiled=True), *others)
+
+        groups = [x.reshape(-1, few, *x.shape[1:]) for x in arrays]
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(of_group, groups))
 
     if first.mesh.empty:
-        return local(*arrays)
-    spec = jax.P(_spec(arrays[0])[0])
-    arrays = tuple(jax.sharding.reshard(x, spec) for x in arrays)
-    return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+        return local(scores, *arrays)
+    arrays = tuple(jax.sharding.reshard(x, jax.P(rows)) for x in arrays)
+    specs = (jax.P(rows, names), *[jax.P(rows)] * len(arrays))
+    return jax.shard_map(local, in_specs=specs, out_specs=jax.P(rows), check_vma=False)(scores, *arrays)
 
 
 def largest(scores: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """Return the `n` largest scores of each row and their ids, ascending; of equal ones the least ids, ascending."""
-    batch, vocab_size = scores.shape
+    vocab_size = scores.shape[1]
     shards = _vocab_shards(scores)
     if shards == 1:
         # Stable, so that equal scores stay in the order of ids. Nothing else may slice the result of `top_k`: XLA would
@@ -146,13 +155,15 @@ def largest(scores: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], I
         return lax.sort(tuple(lax.top_k(_gathered(scores), n)), num_keys=1)
     rows, names = _spec(scores)
     width = vocab_size // shards
-    parts = scores.reshape(batch, shards, width, out_sharding=jax.P(rows, names, None))
-    best, ids = lax.top_k(parts, min(n, width))
-    ids = ids + (jnp.arange(shards) * width)[None, :, None]
-    best, ids = (
-        jax.sharding.reshard(x, jax.P(rows, None, None)).reshape(batch, -1, out_sharding=jax.P(rows, None))
-        for x in (best, ids)
-    )
+
+    def of_part(scores: Array) -> tuple[Array, Array]:
+        # Of matrices, as XLA sorts whole rows on a TPU where an array has more dimensions.
+        best, ids = lax.top_k(scores, min(n, width))
+        found = best, ids + width * lax.axis_index(names)
+        return tuple(lax.all_gather(x, names, axis=1, tiled=True) for x in found)
+
+    of_parts = jax.shard_map(of_part, in_specs=jax.P(rows, names), out_specs=jax.P(rows), check_vma=False)
+    best, ids = of_parts(scores)
     # Two keys would put the higher of equal scores' ids last, which are those to drop: it is the negative that counts.
     ascending, descending_ids = lax.sort((best, -ids), num_keys=2)
     ascending, ids = ascending[:, -n:], -descending_ids[:, -n:]

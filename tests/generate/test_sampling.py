@@ -1,5 +1,7 @@
 """The choice of a next token, against the processors that transformers 4.57.1 itself puts together."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
+from glm4v_jax.devices.mesh import make_mesh
 from glm4v_jax.generate import sampling
 
 pytestmark = pytest.mark.slow
@@ -290,3 +293,39 @@ def test_it_runs_in_an_explicit_mesh(batch):
         ours = jax.jit(step)(*jax.device_put((logits, params, prompt, keys), rows))
     np.testing.assert_array_equal(ours[0], expected[0])
     np.testing.assert_array_equal(ours[1], expected[1])
+
+
+def drawn(rows=8, vocab_size=512, top_p=1.0, **axes):
+    """Tokens of rows that sample, and the shapes of matrices in the program of a device."""
+    logits = np.random.default_rng(8).standard_normal((rows, vocab_size)).astype(np.float32)
+    params = SamplingParams.of(GenerationConfig(do_sample=True, top_k=0, top_p=top_p), rows)
+
+    def sampled(logits, params, numbers):
+        return sampling.choose(lambda: logits, params, sampling.row_keys(numbers, numbers))
+
+    with jax.set_mesh(make_mesh(**axes)):
+        batch = jax.device_put((params, np.arange(rows)), jax.P("data"))
+        arguments = jax.device_put(logits, jax.P("data", "kv")), *batch
+        compiled = jax.jit(sampled).lower(*arguments).compile()
+        tokens = compiled(*arguments)
+    return np.asarray(tokens).tolist(), set(re.findall(r"[uf]32\[\d+,\d+\]", compiled.as_text()))
+
+
+def test_a_device_draws_noise_for_its_part_of_the_vocabulary(run_on_devices):
+    tokens, shapes = drawn()
+    ours, parts = run_on_devices(drawn_on_mesh, 8, 1.0)
+    assert ours == tokens and "u32[8,512]" in shapes
+    assert "u32[4,128]" in parts and "u32[4,512]" not in parts
+
+
+def test_whole_rows_of_a_sharded_vocabulary_are_a_few_at_a_time(run_on_devices):
+    ours, shapes = run_on_devices(drawn_on_mesh, 40, 0.8)
+    assert ours == drawn(40, top_p=0.8)[0]
+    assert "f32[5,512]" in shapes and "f32[20,512]" not in shapes
+    # The largest of each part: of its rows, and of a matrix.
+    assert "f32[20,64]" in shapes and "f32[160,64]" not in shapes
+
+
+def drawn_on_mesh(rows, top_p):
+    """See `drawn`; rows in two parts, the vocabulary in four."""
+    return drawn(rows, top_p=top_p, data=2, kv=4)
