@@ -157,10 +157,8 @@ async def joining(client: Client, size: Size, prompts: Prompts) -> dict[str, Any
         long.append(await client.chat(body([message(prompts.text(size.long_prompt))], 2)))
     joined = await joined_streams
     sides = {"alone": alone, "joined": joined}
-    gaps = {
-        name: serve_client.quantiles([gap for answer in answers for gap in answer.gaps])
-        for name, answers in sides.items()
-    }
+    # From when all of them stream: before, they wait for each other's prompts.
+    gaps = {name: serve_client.quantiles(serve_client.gaps_after_all_began(answers)) for name, answers in sides.items()}
     return {
         **gaps,
         "joining_prompts": len(long),

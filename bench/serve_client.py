@@ -224,6 +224,21 @@ async def open_loop(
     return list(await asyncio.gather(*sent)), time.perf_counter() - begun
 
 
+def gaps_after_all_began(answers: Sequence[Answer]) -> list[float]:
+    """Seconds between two pieces of text of answers asked for at the same time, from when each of them has begun.
+
+    >>> gaps_after_all_began([Answer(200, first=1.0, gaps=(0.5, 2.0, 0.25)), Answer(200, first=2.0, gaps=(0.25,))])
+    [0.25, 0.25]
+    """
+    begun = max((answer.first for answer in answers), default=0.0)
+    return [
+        gap
+        for answer in answers
+        for gap, since in zip(answer.gaps, itertools.accumulate((answer.first, *answer.gaps)), strict=False)
+        if since >= begun
+    ]
+
+
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50 and p99 in milliseconds; the nearest value above, so that few values give the largest.
 

@@ -431,7 +431,7 @@ class Engine:
           num_rows: how many, at least.
           config: of the requests, for its programs.
           chunk: tokens of a prefill chunk at most, a power of two.
-          whole: tokens of a prompt up to which it is one chunk in place of three or more.
+          whole: tokens of a prompt up to which it is one chunk.
         """
         with self.running():
             with self.pool.lock:

@@ -123,9 +123,9 @@ def chunk_ends(prompt: Prompt, longest: int, whole: int = 0) -> list[int]:
     Args:
       prompt: the prompt.
       longest: tokens of a chunk at most.
-      whole: tokens of a prompt up to which it is one chunk in place of three or more: each reads all weights.
+      whole: tokens of a prompt up to which it is one chunk, as each chunk reads all weights.
     """
-    if 2 * longest < len(prompt) <= whole:
+    if len(prompt) <= whole:
         return []
     last = [np.flatnonzero(prompt.medium_of == number) for number in range(len(prompt.media))]
     media_ends = [int(tokens[-1]) + 1 for tokens in last if len(tokens)]

@@ -154,7 +154,7 @@ class Slots:
     def use_chunks(self, longest: int, whole: int = 0) -> None:
         """Prefill rows in chunks of `longest` tokens at most, a power of two; call it while all rows are free.
 
-        A prompt of up to `whole` tokens is one chunk in place of three or more.
+        A prompt of up to `whole` tokens is one chunk.
         """
         if (longest, whole) != (self._chunk, self._whole):
             self._chunk, self._whole = longest, whole
