@@ -4,11 +4,14 @@ What is written has a temporary name until it has been loaded again, and its log
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
@@ -112,8 +115,7 @@ def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Pa
     by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
     config = exported.config
     batch = prompt(base, config)
-    cast = jax.jit(lambda model: jax.tree.map(lambda leaf: leaf.astype(dtype), model))  # one program, not one a shape
-    expected = logits_of(cast(exported), batch)
+    expected = logits_of(_cast(exported, jnp.dtype(dtype)), batch)
     with _new(target, overwrite=True) as directory:
         generation, extras = GenerationConfig.from_pretrained(base), extra_tensors(base, config)
         save_pretrained(exported, generation, directory, extras=extras)
@@ -122,6 +124,12 @@ def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Pa
         by_first(_wait)
         found = logits_of(load_model(directory, config, dtype=dtype), batch)
         return compare(found, expected, tolerance=tolerance_of(config, "float32", dtype), where=target)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(model: Glm4v, dtype: np.dtype) -> Glm4v:
+    """Cast leaves by one program, not one for each shape; an equal model is not traced again."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
 
 
 def export_merged(

@@ -166,7 +166,7 @@ def test_a_quantised_checkpoint_is_counted_as_such(capfd, tmp_path):
     captured = capfd.readouterr()
     assert json.loads(captured.out) == expected and "is quantised (8 bits, a scale for each channel)" in captured.err
     error = error_of(capfd, *asked[1:], tmp_path / "int8", "--quantize", "int4")
-    assert error.startswith("quantize: found 'int4' for a checkpoint that is quantised (8 bits")
+    assert error.startswith("--quantize: found 'int4' for a checkpoint that is quantised (8 bits")
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "describe"])
