@@ -123,7 +123,7 @@ def chunk_ends(prompt: Prompt, longest: int, whole: int = 0) -> list[int]:
     Args:
       prompt: the prompt.
       longest: tokens of a chunk at most.
-      whole: tokens of a prompt up to which it is one chunk, as each chunk reads all weights.
+      whole: tokens of a prompt up to which it is one chunk, as each chunk reads all weights; it shares all or nothing.
     """
     if len(prompt) <= whole:
         return []
