@@ -93,11 +93,7 @@ def write_task(directory: pathlib.Path) -> None:
 
 
 def theirs(python: str, directory: pathlib.Path, model: str) -> dict[str, Any]:
-    """What lmms-eval says of the task.
-
-    Raises:
-      SystemExit: it failed; it has said why on its error output.
-    """
+    """What lmms-eval says of the task; SystemExit if it failed, which it explains."""
     out = directory / "out"
     command = [
         python, "-m", "lmms_eval", "--model", "glm4v_jax", "--model_args", f"pretrained={model},slots=8",

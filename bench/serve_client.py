@@ -290,11 +290,7 @@ class Server:
         self._file.close()
 
     def ready(self) -> float:
-        """Wait until it is ready; returns the seconds.
-
-        Raises:
-          SystemExit: it ended, or takes too long.
-        """
+        """Wait until it is ready; returns the seconds; SystemExit if it ended, or takes too long."""
         begun = time.perf_counter()
         while time.perf_counter() - begun < START_SECONDS:
             if self.process.poll() is not None:

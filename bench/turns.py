@@ -118,11 +118,7 @@ class Worker:
         )  # fmt: skip
 
     def __call__(self, task: str, **arguments: Any) -> Any:
-        """Have one task done.
-
-        Raises:
-          SystemExit: the process ended; it has said why on its error output.
-        """
+        """Have one task done; SystemExit if the process ended, having said why."""
         assert self.process.stdin is not None and self.process.stdout is not None
         time.sleep(PAUSE)
         try:

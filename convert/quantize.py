@@ -113,11 +113,7 @@ def quantize(
 
 
 def _tensors(files: Weights, config: Glm4vConfig, scheme: StoredQuantization, layers: Target) -> dict[str, Tensor]:
-    """The tensors to write, by name.
-
-    Raises:
-      ConfigError: a group does not divide a layer's inputs.
-    """
+    """The tensors to write, by name; ConfigError if a group does not divide a layer's inputs."""
     table, tensors = hf_mapping.wanted(config), dict[str, Tensor]()
     for name, info in files.items():
         part = table.get(hf_mapping.canonical(name))

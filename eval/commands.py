@@ -231,14 +231,9 @@ DESCRIPTION = (
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m eval") -> int:
-    """Run one subcommand.
+    """Run one subcommand; `arguments` are those of this process by default, `prog` is the program's name in help.
 
-    Args:
-        arguments: after the program's name; those of this process by default.
-        prog: the program's name in help and errors.
-
-    Returns:
-        The exit status: 0; 1 after an error, which is one line on standard error; 130 after Ctrl-C.
+    Returns the exit status: 0; 1 after an error, which is one line on standard error; 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):

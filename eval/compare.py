@@ -151,11 +151,7 @@ def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -
 
 
 def runs_in(directory: Path) -> dict[str, Path]:
-    """Return task -> directory of its run, for the directory of one run, or of several tasks.
-
-    Raises:
-      DataError: it is neither.
-    """
+    """Return task -> directory of its run, for the directory of one run, or of several tasks; else a DataError."""
     summary = read_summary(directory)
     if "scores" not in summary:
         return {_field(summary, "task", directory): directory}

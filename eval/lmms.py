@@ -156,11 +156,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """Convert a task's options to fields of `GenerationConfig`.
-
-    Raises:
-      GenerationError: there is an unknown one.
-    """
+    """Convert a task's options to fields of `GenerationConfig`; GenerationError if there is an unknown one."""
     if unknown := sorted(set(options) - {*_USED, *_IGNORED}):
         near = did_you_mean(unknown[0], _USED)
         raise GenerationError(f"generation_kwargs: found {unknown[0]!r}; expected some of {', '.join(_USED)}{near}")

@@ -71,16 +71,7 @@ class ItemResult:
 
 
 def score_items(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]], metric: Metric) -> list[ItemResult]:
-    """Score the answers that a run has written.
-
-    Args:
-      items: of the task.
-      answers: id -> line of the file of answers.
-      metric: of the task.
-
-    Raises:
-      DataError: an item has neither an answer nor an error.
-    """
+    """Score the answers of a run, id -> line of its file; DataError for an item with neither answer nor error."""
     if missing := [item.id for item in items if item.id not in answers]:
         raise DataError(
             f"answers: found none for {counted(len(missing), 'item')}, such as {missing[0]!r}; expected all"
@@ -104,11 +95,7 @@ def write_results(results: Iterable[ItemResult], path: Path) -> None:
 
 
 def read_results(path: Path) -> list[ItemResult]:
-    """Read a file of results.
-
-    Raises:
-      DataError: the file does not exist, or a line is not a result.
-    """
+    """Read a file of results; DataError if the file does not exist, or a line is not a result."""
     results = []
     try:
         # As bytes, which end lines at "\n" alone: texts may have other characters that end lines.

@@ -94,12 +94,7 @@ def score_interval(
     Where no resample differs, as with values that are all 0 or all 1, Wilson's with as many trials as there are
     clusters: it is wide enough for any score between 0 and 1, whose variance is at most that of a fraction.
 
-    Args:
-        values, counts: [N] sums over each cluster; a score below 0 counts as 0.
-        confidence, resamples, seed: as of `bootstrap_interval`.
-
-    Raises:
-        DataError: as `bootstrap_interval` does.
+    `values`, `counts`: [N] sums over each cluster; a score below 0 counts as 0. The rest is as of `bootstrap_interval`.
     """
     ends = bootstrap_interval(values, counts, confidence=confidence, resamples=resamples, seed=seed)
     low, high = (min(max(end, 0.0), 1.0) for end in ends)

@@ -141,11 +141,7 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """Read the summary of a run.
-
-    Raises:
-      DataError: the file does not exist or is not JSON.
-    """
+    """Read the summary of a run; DataError if the file does not exist or is not JSON."""
     path = directory / SUMMARY
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -62,11 +62,7 @@ def screenshot_of(page: pathlib.Path) -> bytes:
 
 @contextlib.contextmanager
 def browser() -> Iterator[playwright.sync_api.Browser]:
-    """A Chromium of the system's.
-
-    Raises:
-        SystemExit: there is none.
-    """
+    """A Chromium of the system's; SystemExit if there is none."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         raise SystemExit(f"found none of {', '.join(BROWSERS)}; expected one: apt-get install chromium")

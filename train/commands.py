@@ -186,15 +186,10 @@ DESCRIPTION = (
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train") -> int:
-    """Run one subcommand.
+    """Run one subcommand; `arguments` are those of this process by default, `prog` is the program's name in help.
 
-    Args:
-        arguments: what follows the program's name; that of this process by default.
-        prog: the program's name in help and errors.
-
-    Returns:
-        The exit status: 0; that of the subcommand after an error, which is one line on standard error; 130 after
-        Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
+    Returns the exit status: 0; that of the subcommand after an error, which is one line on standard error; 130 after
+    Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0].endswith(".toml"):

@@ -25,11 +25,7 @@ class DamagedError(CheckpointError):
 
 
 def note_sizes(path: Path) -> None:
-    """Write the sizes of a checkpoint's files beside them.
-
-    Raises:
-      OSError: the directory is gone, or cannot be written.
-    """
+    """Write the sizes of a checkpoint's files beside them; OSError if the directory is gone or cannot be written."""
     sizes = _sizes_in(path)
     with replacing(path / _SIZES) as aside:
         aside.write_text(json.dumps(sizes), encoding="utf-8")

@@ -79,15 +79,9 @@ class Evaluator:
         mesh: Mesh,
         log: Callable[[str], None],
     ):
-        """Encode the records.
+        """Encode the first `options.max_samples` records.
 
-        Args:
-          records: the first `options.max_samples` are evaluated.
-          processor, config: of the model.
-          job: for its batches.
-          options: see there.
-          mesh: of the model.
-          log: called with one message for every record that is skipped, and with how far an evaluation is.
+        `log` is called with one message for every record that is skipped, and with how far an evaluation is.
 
         Raises:
           DataError: no record can be evaluated; or a record is bad or fits no batch and the job says that this ends it;
@@ -237,15 +231,9 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[Sub
 
 
 def score(metric: str, answer: str, expected: str) -> float:
-    """Return the score of an answer, from 0 to 1.
+    """Return the score of an answer, from 0 to 1, by a metric of `config.MetricName`.
 
-    Args:
-      metric: a name of `config.MetricName`: a metric of `eval` that needs no more than the reference answer.
-      answer: all generated text.
-      expected: the text of the record's assistant, thought and tags included.
-
-    Raises:
-      DataError: the reference does not suit this metric.
+    `answer` and `expected` are whole texts, thought and tags included; DataError if the latter has no reference.
     """
     found = final_answer(expected)
     if found is None:

@@ -37,16 +37,8 @@ _CONTENT = "content"
 def check_result(base: str | Path, target: Path, *, is_whole: bool) -> int:
     """Check that a result can be written; all processes call this.
 
-    Args:
-      base: the checkpoint that is trained.
-      target: output directory.
-      is_whole: whether the result is a model as large as its base; an adapter is small.
-
-    Returns:
-      Its bytes; 0 for an adapter.
-
-    Raises:
-      CheckpointError: something else is there, or too little disk space is left.
+    Returns the bytes of a whole model, as many as its base has; 0 for an adapter. CheckpointError if something else is
+    there, or too little disk space is left.
     """
     needed = 0
     if is_whole:

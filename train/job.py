@@ -113,11 +113,7 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
 
 
 def check_media_dir(data: DataConfig) -> None:
-    """Check that the directory of images and videos is there, if a job names one.
-
-    Raises:
-      DataError: it is not.
-    """
+    """Raise a DataError if a job names a directory of images and videos that is not there."""
     if data.media_dir is not None and not Path(data.media_dir).is_dir():
         raise DataError(not_there(data.media_dir, "that of images and videos", "data.media_dir", "directory"))
 
@@ -247,24 +243,13 @@ def identity(config: TrainConfig, model: Glm4vConfig, count: int, digest: str) -
 
 
 def check_output(config: TrainConfig) -> int:
-    """Check that the result can be written, before anything slow begins; all processes call this.
-
-    Returns:
-      About how many bytes the result will have; 0 for an adapter, which is small.
-
-    Raises:
-      CheckpointError: something else is in its place, or too little disk space is left.
-    """
+    """Check that the result can be written, before anything slow begins; see `check_result`."""
     name = MODEL if config.lora is None else ADAPTER
     return check_result(config.model, Path(config.out) / name, is_whole=config.lora is None)
 
 
 def check_step(step: int, config: TrainConfig) -> None:
-    """Check that a job has not had more steps than it is to have.
-
-    Raises:
-      ConfigError: it has.
-    """
+    """Raise a ConfigError if a job has had more steps than it is to have."""
     if step > config.steps:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 

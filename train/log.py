@@ -54,15 +54,9 @@ class MetricsLog:
         log: Callable[[str], None],
         compiled: Sequence[float] = (),
     ):
-        """Resume after a step.
+        """Resume after step `step`; `log` is called with a log line every `config.log_every` steps.
 
-        Args:
-          directory: of the files.
-          config: of the job.
-          step: the last one that counts.
-          speed: of its steps.
-          log: called with a log line every `config.log_every` steps.
-          compiled: seconds of each program compiled so far, which count for no step; see `compile_times`.
+        Seconds of programs in `compiled` so far (`compile_times`) count for no step.
         """
         self._directory, self._config, self._speed, self._log = directory, config, speed, log
         self._pending: tuple[int, Metrics, Mapping[str, Any]] | None = None
@@ -81,10 +75,7 @@ class MetricsLog:
     def add(self, step: int, metrics: Metrics, rows: Mapping[str, Any]) -> None:
         """Take the metrics of a step that is under way, and write those of the one before it once it is computed.
 
-        Args:
-          step: its number.
-          metrics: of the step, on the devices.
-          rows: more fields of its line, about the rows that this process has read.
+        `rows` are more fields of its line, about the rows that this process has read.
         """
         self.flush()
         self._pending = step, metrics, rows

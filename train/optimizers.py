@@ -74,11 +74,7 @@ def group_of(path: str) -> Group:
 
 
 def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
-    """Return the steps of the warm-up.
-
-    Raises:
-      ConfigError: it is longer than the training.
-    """
+    """Return the steps of the warm-up; ConfigError if it is longer than the training."""
     steps = round(config.warmup * num_steps) if config.warmup < 1 else int(config.warmup)
     if steps > num_steps:
         raise ConfigError(
@@ -88,10 +84,9 @@ def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return the schedule, step -> learning rate: for equal arguments the same one.
+    """Return the schedule, step -> learning rate; ConfigError if the warm-up is longer than the training.
 
-    Raises:
-      ConfigError: the warm-up is longer than the training.
+    For equal arguments it is the same one.
     """
     warmup = warmup_steps(config, num_steps)
     return _schedule(config, warmup, 0 if config.schedule == "constant" else max(num_steps - warmup, 1))
@@ -113,13 +108,7 @@ def _schedule(config: OptimizerConfig, warmup: int, rest: int) -> optax.Schedule
 def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> optax.GradientTransformation:
     """Return the optimizer of a model's parameters, by path: for equal arguments the same one.
 
-    Args:
-      config: see there.
-      num_steps: of the whole training.
-      model: for the dimensions of its kernels; may be abstract.
-
-    Raises:
-      ConfigError: the warm-up is longer than the training.
+    The model, which may be abstract, says the dimensions of its kernels. ConfigError as in `learning_rate`.
     """
     dimensions = tuple(kernel_dimensions(model).items()) if config.name == "muon" else ()
     return _optimizer(config, learning_rate(config, num_steps), dimensions)

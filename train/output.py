@@ -79,11 +79,7 @@ def _unwritable(out: str) -> Iterator[None]:
 
 
 def check_room(config: TrainConfig, model: Glm4vConfig, checkpoints: Checkpoints) -> None:
-    """Check that the disk has room for all checkpoints to come and the result; in the job's mesh.
-
-    Raises:
-      CheckpointError: it has not.
-    """
+    """Raise a CheckpointError if the disk lacks room for all checkpoints to come and the result; in the job's mesh."""
     done = (checkpoints.latest or 0) * config.steps // config.num_updates  # steps; where some were empty, more or less
     saves = sum(map(config.is_saved, range(done + 1, config.steps + 1)))
     checkpoints.check_room(abstract_state(config, model)[0], saves, check_output(config))
@@ -105,18 +101,8 @@ class Saver:
     def save(self, step: int, state: TrainState, streak: int, data: dict[str, Any], number: int | None = None) -> bool:
         """Save, unless the last step was skipped: its state may be bad, and a new checkpoint removes an old one.
 
-        Args:
-          step: the last one.
-          state: after it.
-          streak: how many skipped steps in a row end with it.
-          data: to resume with, as JSON.
-          number: of the checkpoint, see `Checkpoints.save`.
-
-        Returns:
-          Whether it is saved.
-
-        Raises:
-          TrainError: the state is not finite.
+        Returns whether it is saved; a TrainError where the state is not finite. `streak`: how many skipped steps in a
+        row end with `step`; `data`: to resume with, as JSON; `number`: of the checkpoint, see `Checkpoints.save`.
         """
         if not is_finite(state):
             raise TrainError(

@@ -16,13 +16,7 @@ class Profiler:
     """Profile steps from the third one of a run on; `with` stops it, however the steps end."""
 
     def __init__(self, directory: Path, count: int, log: Callable[[str], None]):
-        """Prepare.
-
-        Args:
-          directory: to write to.
-          count: number of steps; 0 for none.
-          log: called with a message if the run has fewer.
-        """
+        """Prepare for `count` steps, 0 for none; `log` is called with a message if the run has fewer."""
         self._directory, self._count, self._log = directory, count, log
         self._waiting, self._seen, self._is_on = _SKIPPED, 0, False
 

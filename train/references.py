@@ -85,18 +85,11 @@ def table_of(
     computed: Callable[[], Iterable[tuple[int, tuple[float, float]]]],
     log: Callable[[str], None],
 ) -> np.ndarray:
-    """Return the log probabilities of all pairs, float32 [count, 2], from the file if it has them; all processes call this.
+    """Return the log probabilities of all pairs, float32 [count, 2], from the file if it has them.
 
-    Args:
-      path: of the file.
-      digest: of what decides them; another one in the file makes it useless.
-      count: of the records.
-      computed: yields number and log probabilities of each pair; those of records that are not pairs stay NaN.
-      log: called with how far it is.
-
-    Raises:
-      OSError: the disk refuses.
-    """  # noqa: E501
+    All processes call this. Another `digest` in the file, of what decides them, makes it useless; `computed` yields
+    number and log probabilities of each pair, and those of other records stay NaN. OSError if the disk refuses.
+    """
     found = _read(path, digest, count) if is_first() else None
     if gathered(found is not None)[0]:
         return shared(np.zeros((count, 2), np.float32) if found is None else found)

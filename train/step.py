@@ -72,14 +72,9 @@ def loss_sums(
     key: Array | None = None,
     preference: PreferenceConfig | None = None,
 ) -> Sums:
-    """Return the loss of a batch, before it is divided by the weight.
+    """Return the loss of a batch, before it is divided by the weight; `noise` is drawn with `key`.
 
-    Args:
-      model: with the batch's parameters.
-      batch: arrays [B, ...].
-      remat, chunk: see `make_step`.
-      noise: what is drawn, with `key`.
-      preference: the loss of pairs; by default it is the cross entropy of the targets.
+    With `preference` it is the loss of pairs, else the cross entropy of the targets.
     """
     if noise is None or key is None:
         hidden = model(batch.batch, remat=remat)

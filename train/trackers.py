@@ -40,13 +40,9 @@ class Trackers:
     """
 
     def __init__(self, config: TrainConfig, directory: Path, step: int, log: Callable[[str], None]):
-        """Start them.
+        """Start those of a job, after `step`, the last that counts: TensorBoard hides what earlier runs have after it.
 
-        Args:
-          config: of the job.
-          directory: its output directory.
-          step: the last one that counts; TensorBoard hides what earlier runs have written after it.
-          log: called with one line for each that fails.
+        `log` is called with one line for each that fails.
         """
         self._log, self._running = log, dict[TrackerName, Tracker]()
         for name in config.tracked if is_first() else ():

@@ -88,14 +88,9 @@ def tolerance_of(config: Glm4vConfig, written: DTypeLike, computed: DTypeLike) -
     """Return by how much two models may differ if one has weights rounded once more, or adds in another order.
 
     A rounding is off by at most half the dtype's epsilon, errors in sequence add up as the square root of their number,
-    and later layers may double that. For weights the number is that of matrices in sequence in the decoder; for
-    computations it is that of operations that round their results, in both models. Two float32 models differ by
-    `FLOAT32` per layer.
-
-    Args:
-      config: of the model.
-      written: dtype of the written weights.
-      computed: compute dtype of both models.
+    and later layers may double that. For weights, `written`, the number is that of matrices in sequence in the decoder;
+    for computations, `computed`, it is that of operations that round their results, in both models. Two float32 models
+    differ by `FLOAT32` per layer.
     """
     layers = config.text_config.num_hidden_layers
     weights = _GROWTH * _rounding(written) * math.sqrt(_MATRICES * layers)
@@ -115,17 +110,9 @@ def _rounding(dtype: Any) -> float:
 def compare(
     found: np.ndarray, trained: np.ndarray, *, tolerance: float, where: str | Path, before: np.ndarray | None = None
 ) -> Verified:
-    """Compare logits [T, V] of a result that was loaded again with those of the trained model.
+    """Compare logits [T, V] of a result that was loaded again with those of the trained model, and of it `before`.
 
-    Args:
-      found: of the result.
-      trained: of the model.
-      tolerance: see `tolerance_of`.
-      where: names the result in the error.
-      before: of the model before training.
-
-    Raises:
-      CheckpointError: they differ by more than rounding, or are not finite.
+    CheckpointError, which names `where`, if they differ by more than rounding, or are not finite.
     """
     effect = None if before is None else _relative(before, trained)
     verified = Verified(_relative(found, trained), tolerance, effect)

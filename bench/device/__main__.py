@@ -109,11 +109,7 @@ class Results:
         os.replace(new, self.path)
 
     def begin(self, machine: dict[str, Any], workloads: dict[str, Any]) -> None:
-        """Take what a process says of itself.
-
-        Raises:
-          SystemExit: the file is of another machine.
-        """
+        """Take what a process says of itself; SystemExit if the file is of another machine."""
         old = self.content["machine"] or machine
         for name in {**machine, **old}:
             if old.get(name) != machine.get(name):

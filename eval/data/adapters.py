@@ -27,14 +27,7 @@ Reader = Callable[[Fields, Origin], Iterator[Question]]
 def _file(origin: Origin, field: str, names: Sequence[str], folders: Sequence[str]) -> str:
     """Find the file of a row that is named without its folder; return its path relative to the data file.
 
-    Args:
-      origin: of the row.
-      field: that names the file, for the error.
-      names: of the file, tried in this order in every folder.
-      folders: relative to that of the data file, "." for itself.
-
-    Raises:
-      DataError: there is no such file.
+    `names` are tried in this order in every folder. DataError, which names `field`, if there is no such file.
     """
     for folder in folders:
         for name in names:

@@ -18,11 +18,7 @@ def invalid(name: str, value: Any, expected: str) -> DataError:
 
 
 def first(row: Fields, *names: str) -> tuple[str, Any]:
-    """Return the first of these fields that the row has, with its name.
-
-    Raises:
-        DataError: it has none of them.
-    """
+    """Return the first of these fields that the row has, with its name; DataError if it has none of them."""
     for name in names:
         if row.get(name) is not None:
             return name, row[name]

@@ -71,11 +71,7 @@ class Question:
 
 @functools.cache
 def template(source: str) -> jinja2.Template:
-    """Compile a prompt's template, in which undefined fields are errors.
-
-    Raises:
-      ConfigError: it is not a template.
-    """
+    """Compile a prompt's template, in which undefined fields are errors; ConfigError if it is not a template."""
     # Not the package's environment for chat templates: that one renders undefined fields as nothing.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True

@@ -109,13 +109,7 @@ def extract(answer: str, letters: str = "ABCD") -> str | None:
 
 
 def mcq(text: str, reference: Reference, read: Callable[[str, Mapping[str, str]], str | None] = choice) -> Score:
-    """Score 1 where the right letter is read.
-
-    Args:
-        text: all that was generated.
-        reference: of the item.
-        read: (text, options) -> letter; None where it finds none.
-    """
+    """Score 1 where the right letter is read; `read`: (text, options) -> letter, None where it finds none."""
     options = options_of(reference)
     expected = letter_of(reference, options)
     letter = read(text, options)

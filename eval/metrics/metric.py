@@ -79,11 +79,7 @@ class Metric:
         return dataclasses.replace(self, name=name, source=source, score=score)
 
     def check(self, reference: Reference) -> None:
-        """Check that a reference has what `score` needs, before a model is asked.
-
-        Raises:
-            DataError: a field is missing or invalid.
-        """
+        """Check that a reference has what `score` needs, before a model is asked; else a DataError names the field."""
         for field in self.fields:
             _READERS.get(field, required)(reference, field)
         # Fields that only some kinds of items need; every metric reads the reference before the text.
@@ -91,11 +87,7 @@ class Metric:
 
 
 def required(reference: Reference, field: str) -> Any:
-    """Return a field that must be present.
-
-    Raises:
-        DataError: it is missing.
-    """
+    """Return a field that must be present; else raise a DataError."""
     if reference.get(field) is None:
         there = ", ".join(sorted(key for key in reference if reference[key] is not None))
         raise DataError(f"{field}: found nothing; expected the field beside {there or 'no other'}")
@@ -191,13 +183,9 @@ def best_match(
     similarity: Callable[[str, str], float],
     read: Callable[[str], str | None] = final_answer,
 ) -> Score:
-    """Score the answer of a text by its best similarity with one of the right answers.
+    """Score the answer of a text by its best similarity with one of the right answers, a number from 0 to 1.
 
-    Args:
-        text: all that was generated.
-        reference: with "answer" or "answers".
-        similarity: (answer, right answer) -> a number from 0 to 1.
-        read: text -> answer; None where there is none.
+    `read`: text -> answer; None where there is none.
     """
     expected = answers_of(reference)
     answer = read(text)

@@ -29,12 +29,7 @@ def ocrbench(text: str, reference: Reference, is_folded: bool = False) -> Score:
     """Score 1 where a right answer is part of the model's, whatever the case, a line break being a space.
 
     In formulas case counts and spaces do not. The whole answer is searched, not only its box, as in VLMEvalKit's class
-    for this model.
-
-    Args:
-        text: all that was generated.
-        reference: of the item.
-        is_folded: whether full-width letters, digits and marks equal those of ASCII, as in lmms-eval.
+    for this model. `is_folded`: full-width letters, digits and marks equal those of ASCII, as in lmms-eval.
     """
     is_formula = reference.get("type") == FORMULAS or reference.get("dataset") == _FORMULAS_DATASET
 

@@ -175,14 +175,10 @@ def _span(value: str | None) -> int:
 
 
 def teds(answer: Table, expected: Table, is_structure: bool = False) -> float:
-    """Compute the similarity of two tables, from 0 to 1.
+    """Compute the similarity of two tables, from 0 to 1; of their structures alone it is TEDS-S.
 
     >>> teds(find_table("<table><tr><td>ab</table>"), find_table("<table><tr><td>ac</table>"))
     0.75
-
-    Args:
-      answer, expected: from `find_table`.
-      is_structure: whether contents of cells do not count (TEDS-S).
     """
     distance = tree_distance(answer.root, expected.root, is_structure)
     return max(0.0, 1 - distance / max(answer.size, expected.size))

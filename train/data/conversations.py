@@ -70,17 +70,12 @@ class MediaFiles:
         return item
 
     def finish(self, thing: str = "<{kind}> marker", things: str = "", *, is_strict: bool = True) -> list[MediaItem]:
-        """Fill all items that were taken.
+        """Fill all items that were taken; DataError if there are too few files, or too many.
 
         Args:
             thing, things: words for one of them, and for several if an "s" is not enough.
-            is_strict: whether as many files as items are needed; else the first files may be without one.
-
-        Returns:
-            The items of these files: videos, then images, as ms-swift puts them before the query.
-
-        Raises:
-            DataError: there are too few files, or too many.
+            is_strict: as many files as items are needed; else the first files may be without one. These are returned as
+                items: videos, then images, as ms-swift puts them before the query.
         """
         before: list[MediaItem] = []
         for kind, taken in self._taken.items():
@@ -148,11 +143,7 @@ def _frame_rate(value: Any, field: str) -> float:
 
 
 def string(row: Row, name: str, where: str = "") -> str:
-    """Return a field that must be text.
-
-    Raises:
-        DataError: it is missing or something else.
-    """
+    """Return a field that must be text; DataError if it is not."""
     value = row.get(name)
     if not isinstance(value, str):
         raise invalid(f"{where}.{name}".lstrip("."), kind_of(value) if name in row else "none", "a string")
@@ -179,17 +170,7 @@ def items_list(row: Row, name: str) -> Sequence[Any]:
 
 
 def role_of(message: Any, key: str, names: Mapping[str, str], where: str) -> str:
-    """Return the role of a message.
-
-    Args:
-        message: of a row.
-        key: its field with the role.
-        names: role in the format -> system, user, assistant, or a role of `train.data.tools`.
-        where: names the message in errors.
-
-    Raises:
-        DataError: it has none, or an unknown one.
-    """
+    """Return the role of a message, `message[key]`; DataError if `names` (role in the format -> role) lacks it."""
     if not isinstance(message, Mapping):
         raise invalid(where, kind_of(message), f"an object with {key!r}")
     found = string(message, key, where)
@@ -220,11 +201,7 @@ def loss_of(message: Row, role: str, where: str) -> bool:
 
 
 def check_supported(message: Row, where: str) -> None:
-    """Check that a message has no field whose content would be lost.
-
-    Raises:
-        DataError: there is one.
-    """
+    """Raise a DataError for a field of a message whose content would be lost."""
     for name in _UNSUPPORTED:
         if not is_empty(message.get(name)):
             raise invalid(f"{where}.{name}", "some", "none: it is not supported")

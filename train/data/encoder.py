@@ -76,11 +76,7 @@ class Encoder:
         return dataclasses.replace(sample, reference=(chosen, rejected))
 
     def again(self, number: int) -> Sample:
-        """Encode a record once more that had become a sample.
-
-        Raises:
-          DataError: it no longer does.
-        """
+        """Encode a record once more that had become a sample; DataError if it no longer does."""
         _, found = self(number)
         if isinstance(found, Sample):
             return found
@@ -105,14 +101,7 @@ def make_encoder(
     batch: BatchConfig,
     lanes: int | None = None,
 ) -> Encoder:
-    """Return the encoder of a job's records.
-
-    Args:
-      records: by their number.
-      processor, config: of the model.
-      data, batch: see there.
-      lanes: into how many a batch is divided, each of which has room for less; by default as the job says.
-    """
+    """Return the encoder of a job's records, whose batches are divided into `lanes`; by default as the job says."""
     encoding = functools.partial(encode, processor=processor, config=config, options=encode_options(data, batch))
     return Encoder(records, encoding, packer_of(batch, lanes or num_lanes(batch)).check)
 

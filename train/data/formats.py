@@ -149,13 +149,8 @@ def _read_row(row: Row, name: FormatName, is_strict: bool, size_of: SizeOf) -> T
 def conversation(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     """Read messages with a role and a text each, in which `<image>` and `<video>` refer to the row's files.
 
-    Args:
-        row: of a data file.
-        columns: names of its fields.
-        is_strict: whether every file needs a marker; else the missing ones are put before the first message.
-
-    Raises:
-        DataError: a field is missing or wrong; markers and files are not as many.
+    Not `is_strict`: there may be fewer markers than files, and the missing ones are put before the first message.
+    DataError if a field is missing or wrong, or markers and files are not as many.
     """
     _check_row(row, columns)
     media = columns.media(row)
@@ -304,11 +299,7 @@ def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
 
 
 def detect(row: Row) -> FormatName:
-    """Return the name of the format of a row, by its fields.
-
-    Raises:
-        DataError: it is unknown.
-    """
+    """Return the name of the format of a row, by its fields; DataError if it is unknown."""
     # Tables have all columns in every row, if only with null; a row of nothing else is refused by name.
     given = {name: value for name, value in row.items() if value is not None}
     name = _detect(given) or _detect(row)

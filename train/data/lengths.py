@@ -25,11 +25,7 @@ class TokenCounter:
         self._processor = processor
 
     def __call__(self, record: Record) -> int:
-        """Return the number of tokens of a record.
-
-        Raises:
-            DataError: it cannot be encoded; the message begins with the record's place.
-        """
+        """Return the number of tokens of a record; a DataError that it cannot be encoded begins with its place."""
         try:
             return self._count(record)
         except Glm4vError as error:

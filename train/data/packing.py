@@ -49,10 +49,7 @@ class Padding(NamedTuple):
 def place(lengths: Sequence[int], rows: int, length: int, per_row: int | None = None) -> list[RowPlace] | None:
     """Return places for samples of these lengths, each in the first row with room; None if they do not fit.
 
-    Args:
-      lengths: tokens of each sample, in their order.
-      rows, length: of the batch, B and T.
-      per_row: the most samples of a row; None is no limit, 1 is no packing.
+    `rows`, `length`: B and T; `per_row`: the most samples of a row, None is no limit, 1 is no packing.
     """
     batch, places = FirstFit(rows, length, per_row), list[RowPlace]()
     for size in lengths:
@@ -218,11 +215,9 @@ class Packer(Generic[P]):
         per_row: int | None = None,
         open_batches: int = 4,
     ) -> None:
-        """Start without samples.
+        """Start without samples, for batches of these sizes (see `pack`).
 
-        Args:
-          rows, length, vision_shape, per_row: of a batch; see `pack`.
-          open_batches: how many are filled at a time, at least 1: more leave less padding, and let samples wait longer.
+        At least one batch is open: more leave less padding, and let samples wait longer.
         """
         self._rows, self._length, self._per_row = rows, length, per_row
         self._vision_shape = vision_shape
@@ -231,18 +226,10 @@ class Packer(Generic[P]):
         self._pushed = 0
 
     def push(self, sample: P, key: Any = None) -> list[P] | None:
-        """Take the next sample.
+        """Take the next sample; return those of a batch that is complete, if there is one.
 
-        Args:
-          sample: of the stream.
-          key: by which it can be found again after a resume, such as its number in the data, as JSON; None is the
-            number of samples pushed before it.
-
-        Returns:
-          The samples of a batch that is complete, if there is one.
-
-        Raises:
-          DataError: it fits no batch, not even alone; the packer is not changed.
+        By `key`, as JSON, the sample can be found again after a resume, such as its number in the data; None is the
+        number of samples pushed before it. DataError, and no change, if it fits no batch, not even alone.
         """
         key = self._pushed if key is None else key
         done = None
@@ -298,11 +285,7 @@ class Packer(Generic[P]):
         return _OpenBatch(FirstFit(self._rows, self._length, self._per_row), self._vision_shape)
 
     def check(self, sample: Packable) -> None:
-        """Check that a sample fits an empty batch.
-
-        Raises:
-          DataError: it does not.
-        """
+        """Check that a sample fits an empty batch; DataError if it does not."""
         if len(sample) > self._length:
             raise DataError(
                 f"{sample.source}: found {counted(len(sample), 'token')}; expected at most {self._length}, a row"

@@ -23,11 +23,7 @@ def num_lanes(batch: BatchConfig) -> int:
 
 
 def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
-    """Check that a mesh can divide the rows of a batch.
-
-    Raises:
-      ConfigError: it cannot.
-    """
+    """Raise a ConfigError if a mesh cannot divide the rows of a batch."""
     shards = math.prod(mesh.shape[name] for name in axes.names_of(axes.current_rules()["batch"]))
     for name, rows in (("batch.rows", batch.rows), ("batch.vision_rows", batch.vision_rows)):
         if rows % shards:
@@ -52,11 +48,7 @@ def packer_of(batch: BatchConfig, lanes: int = 1) -> Packer:
 
 
 def packed(samples: Sequence[Sample], batch: BatchConfig, config: Glm4vConfig, lanes: int = 1) -> TrainBatch:
-    """Return one lane's part of a batch, of samples that `packer_of` has put together.
-
-    Raises:
-      DataError: the samples do not fit.
-    """
+    """Return one lane's part of a batch, of samples that `packer_of` has put together; DataError if they do not fit."""
     return pack(samples, **lane_shape(batch, lanes), config=config, average=batch.average)
 
 
@@ -74,10 +66,7 @@ def lane_shape(batch: BatchConfig, lanes: int) -> dict[str, Any]:
 def joined(parts: Mapping[int, TrainBatch], count: int, merged_tokens: int) -> TrainBatch:
     """Join the lanes of this process to a batch on the host; the rows of other lanes are never read, nor take memory.
 
-    Args:
-      parts: lane -> its batch, of B / count rows.
-      count: of all lanes.
-      merged_tokens: of the vision rows of one lane, by which the indices of the next lane are shifted.
+    `parts`: lane -> its batch, of B / count rows. Indices of a lane are shifted by the `merged_tokens` of each before.
     """
     shifted = [_shifted(part, lane * merged_tokens) for lane, part in parts.items()]
 

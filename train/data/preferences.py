@@ -17,16 +17,11 @@ from train.data.formats import LISTS
 def pair_of(row: Row, chosen: str = "chosen", rejected: str = "rejected", messages: str = "") -> tuple[Row, Row]:
     """Divide a row into the one with the preferred answer and the one with the rejected answer.
 
+    `chosen`, `rejected`, `messages`: its fields; a conversation may also be in one of the usual ones. DataError if an
+    answer is missing or of another kind.
+
     >>> pair_of({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"})
     ({'prompt': '1 + 1?', 'completion': '2'}, {'prompt': '1 + 1?', 'completion': '3'})
-
-    Args:
-      row: of a data file.
-      chosen, rejected: names of its fields.
-      messages: name of its field with a conversation, if it is none of the usual ones.
-
-    Raises:
-      DataError: an answer is missing or of another kind.
     """
     if not is_empty(row.get("rejected_images")):
         raise invalid("rejected_images", "some", "none: both answers are about the same images")

@@ -62,14 +62,10 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The rows of one file.
+    """The rows of one file, what paths in it are relative to, and what decides how they are read.
 
-    Attributes:
-        rows: of the file.
-        directory: what paths in it are relative to.
-        formatting: the format of all rows; None detects that of each row.
-        columns: the names of the rows' fields, if a dataset_info.json has them.
-        change: row and columns -> the row that is read in its place.
+    `formatting` None detects that of each row; a dataset_info.json has `columns`; `change`: row and columns -> the row
+    that is read in its place.
     """
 
     rows: Rows
@@ -127,11 +123,7 @@ class Records(Sequence[Record]):
         return cls([part for one in several for part in one._parts], is_preference)
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """Return a row as it is in its file.
-
-        Raises:
-            DataError: it is not an object; the message names its place.
-        """
+        """Return a row as it is in its file; a DataError that it is not an object names its place."""
         part, row = self._find(index)
         with naming(part.rows.place(row), DataError):
             return part.rows[row]
@@ -142,11 +134,7 @@ class Records(Sequence[Record]):
         return part.rows.place(row)
 
     def format(self, index: int) -> FormatName:
-        """Return the name of the format of a row.
-
-        Raises:
-            DataError: it is unknown; the message does not name the place.
-        """
+        """Return the name of the format of a row; a DataError that it is unknown does not name its place."""
         part, row = self._find(index)
         return part.formatting or detect(self._pair(part, row)[0] if self._is_preference else part.rows[row])
 

@@ -118,11 +118,6 @@ def encode(
 ) -> Sample | None:
     """Encode a record.
 
-    Args:
-      record: a conversation.
-      processor, config: of the model.
-      options: by default `EncodeOptions()`.
-
     Returns:
       The sample; None if it is too long and `options.too_long` is "drop".
 

@@ -77,18 +77,9 @@ class Lane:
         draws: Draws = (),
         epochs: int = 0,
     ):
-        """Start at the beginning.
+        """Start at the beginning of lane `index` of `count`; `draws`, `seed` and `epochs` are those of `in_order`.
 
-        Args:
-          encoder: of all records.
-          packer: of its own.
-          data: for the order, and what to do with bad rows.
-          index, count: which lane this is, and of how many.
-          threads: how many encode samples.
-          seed: of the order, which is the same for all lanes.
-          log: called with one message for every record that is skipped.
-          draws: sets and their shares; by default all records are one.
-          epochs: how often each record is read; 0 is without end.
+        `log` is called with one message for every record that is skipped.
         """
         self._encoder, self._packer, self._data, self._log = encoder, packer, data, log
         self.counts = RowCounts()
@@ -129,11 +120,7 @@ class Lane:
         return json.loads(json.dumps(state | {"bad": self.bad}))
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Resume from another one's position.
-
-        Raises:
-          DataError: the data or the options differ from those of the state.
-        """
+        """Resume from another one's position; DataError if the data or the options differ from those of the state."""
         self._reader.set_state(state["reader"])
         self._packer.set_state(state["packer"], self._encoder.again)
         self.counts = RowCounts(**state["counts"])
@@ -233,27 +220,16 @@ class Stream:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "batches")
 
     def __next__(self) -> tuple[TrainBatch, dict[str, Any]]:
-        """Return the next step's micro-batches, and start preparing those of later steps.
+        """Return the next step's micro-batches, on the host, and the state of this process's lanes after them.
 
-        Returns:
-          The batch on the host; and the state after it of this process's lanes, lane -> state.
-
-        Raises:
-          DataError: a record is bad and the job says that this ends it, or a whole epoch has brought no sample.
+        DataError if a record is bad and the job says that this ends it, or a whole epoch has brought no sample.
         """
         while len(self._ahead) <= AHEAD:
             self._ahead.append(self._thread.submit(self._make))
         return self._ahead.popleft().result()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Resume; call it before the first batch is taken.
-
-        Args:
-          state: of all lanes: those that `__next__` returned in every process.
-
-        Raises:
-          DataError: the data or the options differ from those of the state.
-        """
+        """Resume from the states of all lanes, before the first batch is taken; DataError as in `Lane.set_state`."""
         for index, lane in self._lanes.items():
             lane.set_state(state[str(index)])
 

@@ -61,15 +61,8 @@ def read_tools(row: Row, name: str) -> tuple[Row, ...]:
 def read_more(message: Row, content: Any, role: str, calls: str | None, where: str) -> Message:
     """Return what a message has besides its content: `tool_calls`, `reasoning_content`, or of an answer `tool_call_id`.
 
-    Args:
-        message: of a row.
-        content: of the message, under any name, without calls.
-        role: see `Turns` and `ROLES`.
-        calls: the text of a message that is calls; else None.
-        where: names the message in errors.
-
-    Raises:
-        DataError: a call is invalid, the thought is not text or there twice, or one of them is not the assistant's.
+    `content` is the message's under any name, without calls; `calls` the text of a message that is calls. DataError if
+    a call is invalid, the thought is not text or there twice, or one of them is not the assistant's.
     """
     if role not in ("assistant", CALLS):
         for name in ("tool_calls", "function_call", "reasoning_content", "reasoning"):

@@ -161,11 +161,7 @@ class Curriculum:
         return {"counts": counts, **more}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `state` has returned.
-
-        Raises:
-          DataError: it is of other problems.
-        """
+        """Resume from what `state` has returned; DataError if it is of other problems."""
         unknown = next((key for key in state["counts"] if key not in self._numbers), None)
         if unknown is not None:
             raise DataError(f"curriculum of the checkpoint: found key {unknown!r}; expected keys of the job's problems")

@@ -38,11 +38,7 @@ class Rollout:
 
     @classmethod
     def of(cls, completion: Completion) -> Self:
-        """Take a completion that was asked for with `logprobs=0, logprobs_of="sampling"`.
-
-        Raises:
-          GenerationError: it has no log probabilities.
-        """
+        """Take a completion that was asked for with `logprobs=0, logprobs_of="sampling"`; else a GenerationError."""
         tokens = np.asarray(completion.tokens, np.int32)
         return cls(tokens, completion.logprob_array, completion.is_sampled, completion.finish_reason)
 
@@ -93,11 +89,10 @@ class Group:
         return bool(self.rewards.std() >= MIN_STD) and any(one.num_sampled for one in self.rollouts)
 
     def advantages(self, kind: AdvantageName = "mean_std") -> np.ndarray:
-        """Return float32 [rollouts]: rewards above the group's mean, by default in standard deviations.
+        """Return float32 [rollouts]: rewards above the group's mean.
 
-        Args:
-          kind: "mean_std" as in GRPO (arXiv 2402.03300), with the deviation of the group's own rewards; "mean" does not
-            divide, as in Dr. GRPO (arXiv 2503.20783).
+        "mean_std" divides by the deviation of the group's own, as in GRPO (arXiv 2402.03300); "mean" does not, as in
+        Dr. GRPO (arXiv 2503.20783).
         """
         above = self.rewards - self.rewards.mean()
         scale = self.rewards.std() if kind == "mean_std" else 1.0

@@ -80,20 +80,12 @@ class Judges:
             pool.close()
 
     def start(self) -> None:
-        """Start a child of each domain that needs some.
-
-        Raises:
-          ConfigError: what it needs is not there, math-verify or the judge.
-        """
+        """Start a child of each domain that needs some; ConfigError if math-verify or the judge is not there."""
         for pool in self._pools.values():
             pool.start()
 
     def score(self, tasks: Sequence[Task]) -> list[Reward]:
-        """Return the reward of each text, in their order.
-
-        Raises:
-          ConfigError: a child cannot be started.
-        """
+        """Return the reward of each text, in their order; ConfigError if a child cannot be started."""
         rewards: list[Reward | concurrent.futures.Future[Reward]] = [self._score(task) for task in tasks]
         return [reward if isinstance(reward, Reward) else reward.result() for reward in rewards]
 
@@ -119,13 +111,9 @@ def score_shared(
     count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[Reward]:
-    """Score texts that several processes have alike, a share in each, so that all have the same rewards.
+    """Score texts that all processes have alike, a share in each, so that all have the same rewards.
 
-    Args:
-      score: of a process, such as `Judges.score`.
-      tasks: all texts, in every process the same.
-      index, count: which process this is, and of how many.
-      gather: exchanges what JSON can say, `glm4v_jax.devices.distributed.gathered`.
+    `score`: of a process, such as `Judges.score`; `gather`: exchanges what JSON can say (`distributed.gathered`).
     """
     shares = gather([list(reward) for reward in score(tasks[index::count])])
     rewards = [Reward(0.0, None, "failed")] * len(tasks)

@@ -29,14 +29,7 @@ class RewardLog:
     """
 
     def __init__(self, config: TrainConfig, directory: Path, step: int, log: Callable[[str], None]):
-        """Resume after a step.
-
-        Args:
-          config: of the job.
-          directory: of the files.
-          step: the last one that counts.
-          log: called with a log line every `config.log_every` steps.
-        """
+        """Resume after step `step`; `log` is called with a log line every `config.log_every` steps."""
         self._directory, self._config, self._log = directory, config, log
         self._trackers = Trackers(config, directory, step, log)
         if is_first():

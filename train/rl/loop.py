@@ -231,13 +231,9 @@ class _Steps:
         return state, step
 
     def _save(self, state: TrainState, step: int, number: int, curriculum: dict[str, Any]) -> bool:
-        """Save, see `Saver.save`.
+        """Save, see `Saver.save`; `step` is the last one after which no groups waited.
 
-        Args:
-          state: of the training; the same since `step`.
-          step: the last one after which no groups waited: a job that resumes samples those that do again.
-          number: of the checkpoint.
-          curriculum: its state after that step.
+        A job that resumes samples those that do again.
         """
         data = {"step": step, "curriculum": curriculum}
         return self.saver.save(step, state, int(state.streak), data, number)

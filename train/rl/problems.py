@@ -183,15 +183,7 @@ def read_problems(
 
 
 def problems_of(config: TrainConfig, processor: Glm4vProcessor) -> Problems:
-    """Read the problems of a job that learns by reward.
-
-    Args:
-      config: with `rl`.
-      processor: of its model, with the job's limits.
-
-    Raises:
-      DataError: files cannot be read, or their rows are not problems; it names the field.
-    """
+    """Read the problems of a job that learns by reward, within the limits of its processor; errors name the field."""
     assert config.rl is not None
     data = config.data
     check_media_dir(data)

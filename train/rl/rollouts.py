@@ -26,13 +26,7 @@ class Answers(NamedTuple):
     completions: tuple[Completion, ...]
 
     def group(self, key: str, rewards: Sequence[float], truncated: str) -> Group:
-        """Return what is learned from.
-
-        Args:
-          key: of the problem.
-          rewards: of the answers.
-          truncated: what becomes of answers that were cut at the limit of tokens, see `RLConfig`.
-        """
+        """Return what is learned from, by the rewards of the answers; for `truncated` see `RLConfig`."""
         rollouts, values = list[Rollout](), list[float]()
         for one, reward in zip(self.completions, rewards, strict=True):
             rollout = Rollout.of(one)

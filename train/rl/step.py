@@ -102,18 +102,13 @@ class PolicyStep:
     def __call__(
         self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float, position: int
     ) -> tuple[TrainState, PolicyMetrics]:
-        """Take a step.
+        """Take a step; the state is donated.
 
         Args:
-          state: of the training; donated.
-          frozen: leaves that are not trained.
           batches: micro-batches as `packing.put` returns them, which are taken one by one.
           count: what their loss is divided by: all answers that are learned from (`groups.num_samples`), or all their
             tokens where it is an average over these.
           position: in the schedule of the learning rate, from 0.
-
-        Returns:
-          The state, and the metrics of the step.
         """
         found = nothing(state.params)
         for batch in batches:

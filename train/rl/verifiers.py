@@ -91,11 +91,7 @@ class RuleVerifier:
     thinking: ThinkingFormat = THINKING["tagged"]
 
     def score(self, text: str, item: Reference) -> Reward:
-        """Return the reward of a text, by the rule alone.
-
-        Raises:
-          DataError: the reference is invalid; never for a text.
-        """
+        """Return the reward of a text, by the rule alone; DataError for an invalid reference, never for a text."""
         answer = self.answer(text)
         return answer if isinstance(answer, Reward) else self.compare(answer, item)
 
