@@ -88,11 +88,7 @@ def check_config(directory: pathlib.Path) -> None:
 
 
 def refuse_adapter(directory: pathlib.Path) -> None:
-    """Check that a directory that lacks a file of a model's is not that of an adapter.
-
-    Raises:
-      CheckpointError: it is.
-    """
+    """Check that a directory that lacks a file of a model's is not that of an adapter; CheckpointError if it is."""
     if (directory / ADAPTER_CONFIG).is_file():
         base = read_json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
         raise CheckpointError(

@@ -86,11 +86,7 @@ class GroupWriter:
             self._response = ocp.partial.save_async(self._directory / _ORBAX, tree, custom_metadata=custom)
 
     def wait(self) -> None:
-        """Wait until the group that has been begun is on disk.
-
-        Raises:
-          OSError: the disk refuses it.
-        """
+        """Wait until the group that has been begun is on disk; OSError if the disk refuses it."""
         response, self._response = self._response, None
         if response is not None:
             with os_errors(self._directory):

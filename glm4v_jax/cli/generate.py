@@ -86,11 +86,7 @@ class Generate(JsonOptions):
             self._run_batch(self.batch.jsonl)
 
     def _one_prompt(self) -> str:
-        """The prompt.
-
-        Raises:
-          GenerationError: there is not exactly one, or it is empty; or an option needs --jsonl.
-        """
+        """The prompt; GenerationError if there is not exactly one, or it is empty; or an option needs --jsonl."""
         if not self.prompt:
             raise GenerationError("PROMPT: found none; expected one, or --jsonl FILE")
         if len(self.prompt) > 1:
@@ -109,11 +105,7 @@ class Generate(JsonOptions):
         return options if self.logprobs is None else {**options, "logprobs": self.logprobs}
 
     def _tools(self) -> list[Any]:
-        """The functions of --tools.
-
-        Raises:
-          GenerationError: they are not a JSON list.
-        """
+        """The functions of --tools; GenerationError if they are not a JSON list."""
         if self.tools is None:
             return []
         text = json_text("--tools", self.tools)

@@ -59,11 +59,7 @@ class RequestOptions:
     """Fetch from --allow-media-domain at private and loopback addresses too."""
 
     def policy(self) -> "MediaPolicy":
-        """The options for images and videos.
-
-        Raises:
-          ConfigError: one of the hosts is invalid.
-        """
+        """The options for images and videos; ConfigError if one of the hosts is invalid."""
         from glm4v_jax.inputs.media.hosts import AllowedHosts
         from glm4v_jax.serve.media import MediaPolicy
 

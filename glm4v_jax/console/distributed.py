@@ -49,11 +49,7 @@ class DistributedOptions:
 
 
 def check_alone(command: str) -> None:
-    """Check that a command for one terminal runs in one process.
-
-    Raises:
-      ConfigError: a launcher has started several.
-    """
+    """Check that a command for one terminal runs in one process; ConfigError if a launcher has started several."""
     name = launcher()
     if name is not None and name != "Cloud TPU":  # there it may be the only host
         raise ConfigError(

@@ -225,11 +225,7 @@ class MediaOptions:
     length; those of a directory are all taken, and this is the rate they were made at."""
 
     def check(self) -> None:
-        """Check that the files exist, before anything slow begins.
-
-        Raises:
-          MediaError: some do not.
-        """
+        """Check that the files exist, before anything slow begins; MediaError if some do not."""
         check_files("--image", self.image)
         check_files("--video", self.video, directories=True)
 
@@ -437,11 +433,7 @@ def _no_directory(path: Path) -> str:
 
 
 def check_adapter(directory: str) -> None:
-    """Check that a directory holds an adapter, before anything slow begins.
-
-    Raises:
-      CheckpointError: it does not.
-    """
+    """Check that a directory holds an adapter, before anything slow begins; CheckpointError if it does not."""
     if not os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
         inside = os.path.join(directory, "adapter")  # of a job's output directory
         hint = f"; did you mean {inside}?" if os.path.isfile(os.path.join(inside, ADAPTER_CONFIG)) else ""

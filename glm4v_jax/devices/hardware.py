@@ -106,11 +106,7 @@ def missing_device() -> str | None:
 
 
 def check_32_bits() -> None:
-    """Check that JAX's integers have 32 bits, which the cache and sampling rely on.
-
-    Raises:
-      ConfigError: they have 64.
-    """
+    """Check that JAX's integers have 32 bits, which the cache and sampling rely on; ConfigError if they have 64."""
     import jax
 
     if jax.config.jax_enable_x64:

@@ -143,11 +143,7 @@ class Delta(NamedTuple):
 
 
 def last(deltas: Iterable[Delta]) -> Completion:
-    """The completion at the end of a stream.
-
-    Raises:
-      GenerationError: the stream was closed before its end.
-    """
+    """The completion at the end of a stream; GenerationError if the stream was closed before its end."""
     completion = None
     for delta in deltas:
         completion = delta.completion

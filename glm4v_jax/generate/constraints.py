@@ -154,11 +154,7 @@ def banned(
 def processed(
     scores: Float[Array, "B V"], tokens: Int[Array, "B S"], processors: tuple[Callable[..., Any], ...]
 ) -> Float[Array, "B V"]:
-    """Call the user's functions.
-
-    Raises:
-      GenerationError: one returns another shape, or cannot be compiled.
-    """
+    """Call the user's functions; GenerationError if one returns another shape, or cannot be compiled."""
 
     def call(tokens: Array, scores: Array) -> Array:
         for processor in processors:

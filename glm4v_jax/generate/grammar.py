@@ -117,11 +117,7 @@ class Guide:
     def __init__(
         self, grammar: Grammar, tokenizer: Glm4vTokenizer, prompt_ids: np.ndarray, eos_token_id: tuple[int, ...]
     ):
-        """Start after a prompt.
-
-        Raises:
-          GenerationError: the grammar cannot be used with this tokenizer.
-        """
+        """Start after a prompt; GenerationError if the grammar cannot be used with this tokenizer."""
         self._vocabulary, self._grammar = _vocabulary_of(tokenizer), grammar
         matcher, self._allowed = _beginning(self._vocabulary, grammar)
         with _lock:

@@ -189,11 +189,7 @@ class LiveEngine:
         self.state = "closed"
 
     def _check(self, sequence: SequenceState) -> None:
-        """Check that the slots' programs can answer a sequence.
-
-        Raises:
-          GenerationError: they cannot.
-        """
+        """Check that the slots' programs can answer a sequence; GenerationError if they cannot."""
         config, own = sequence.config, self._config
         for name in OF_ALL_REQUESTS:
             found, most = getattr(config, name), getattr(own, name)

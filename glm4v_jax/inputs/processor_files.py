@@ -56,11 +56,7 @@ def read_part(cls: type[Part], directory: pathlib.Path, overrides: Mapping[str, 
 
 
 def processor_class_in(directory: pathlib.Path) -> str | None:
-    """Return the class of its processor that a checkpoint names.
-
-    Raises:
-      CheckpointError: it is another family's.
-    """
+    """Return the class of its processor that a checkpoint names; CheckpointError if it is another family's."""
     for path in (directory / name for name in _PROCESSOR_FILES):
         found = read_json_object(path).get("processor_class") if path.is_file() else None
         if found is not None:

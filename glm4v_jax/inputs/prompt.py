@@ -179,11 +179,7 @@ def checked_ids(
 
 
 def in_vocabulary(input_ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return tokens, all of them in the vocabulary.
-
-    Raises:
-      MessageError: one is not.
-    """
+    """Return tokens, all of them in the vocabulary; MessageError if one is not."""
     if (low := int(input_ids.min())) < 0 or (high := int(input_ids.max())) >= vocab_size:
         found = low if low < 0 else high
         raise MessageError(f"input_ids: found token {found}; expected tokens from 0 to {vocab_size - 1}")

@@ -230,11 +230,7 @@ def _write_overlap(buffer: Array, new: Array, at: tuple[Array | int, ...]) -> Ar
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
-    """Copy a cache to one of more slots.
-
-    Raises:
-      GenerationError: they do not divide by the mesh.
-    """
+    """Copy a cache to one of more slots; GenerationError if they do not divide by the mesh."""
     _check_slots(capacity)
     extra = capacity - cache.capacity
 

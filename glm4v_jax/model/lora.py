@@ -127,11 +127,7 @@ def has_lora(model: Glm4v) -> bool:
 
 
 def copy_without_lora(model: Glm4v) -> Glm4v:
-    """Copy the modules around the same arrays.
-
-    Raises:
-      ConfigError: there is an adapter, which a second one would replace.
-    """
+    """Copy the modules around the same arrays; ConfigError if there is an adapter, which a second one would replace."""
     if has_lora(model):
         raise ConfigError("found a model that has an adapter; expected one without: merge it first (lora.merge_lora)")
     return jax.tree.map(lambda x: x, model)

@@ -79,11 +79,7 @@ def matching_linears(model: Glm4v, pattern: str, field: str) -> dict[str, list[L
 
 
 def check_pattern(pattern: str, field: str) -> None:
-    """Check that a text is a regular expression.
-
-    Raises:
-      ConfigError: it is not.
-    """
+    """Check that a text is a regular expression; ConfigError if it is not."""
     try:
         re.compile(pattern)
     except re.error as error:

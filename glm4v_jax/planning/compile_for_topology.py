@@ -49,11 +49,7 @@ _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-    """The chips of a slice such as "v5e:2x4", on a machine without them.
-
-    Raises:
-      ConfigError: the slice is unknown.
-    """
+    """The chips of a slice such as "v5e:2x4", on a machine without them; ConfigError if the slice is unknown."""
     from jax.experimental import topologies
 
     generation, _, layout = topology.partition(":")

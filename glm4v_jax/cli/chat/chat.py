@@ -143,11 +143,7 @@ class Chat(Options):
 
 
 def _next_message() -> str:
-    """Read a line, with its continuation lines.
-
-    Raises:
-      EOFError: there are no more.
-    """
+    """Read a line, with its continuation lines; EOFError if there are no more."""
     line = _next_line(PROMPT)
     while line.endswith("\\"):
         line = f"{line[:-1]}\n{_next_line(CONTINUATION)}"

@@ -81,11 +81,7 @@ def save(
 
 
 def _is_transcript(path: pathlib.Path) -> bool:
-    """Whether `save` wrote a file.
-
-    Raises:
-      OSError: it cannot be read.
-    """
+    """Whether `save` wrote a file; OSError if it cannot be read."""
     if not path.is_file():
         return False
     content = path.read_bytes()

@@ -157,11 +157,7 @@ class AnswerFile:
         return lines, is_clean
 
     def _check_own(self) -> None:
-        """Keep `restart` from emptying another kind of file.
-
-        Raises:
-          GenerationError: it is not a file of answers.
-        """
+        """Keep `restart` from emptying another kind of file; GenerationError if it is not a file of answers."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

@@ -99,11 +99,7 @@ class BatchSummary:
         )
 
     def raise_if_failed(self) -> None:
-        """Turn failures into an exit status.
-
-        Raises:
-          GenerationError: there are some.
-        """
+        """Turn failures into an exit status; GenerationError if there are some."""
         if self.failed:
             # A file is as broken the next time, unless somebody mends it.
             again = "; the same command tries them again" if self.may_pass else ""

@@ -24,11 +24,7 @@ _PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
 
 
 def head_of(source: Path | bytes, size: int = _HEAD_BYTES) -> bytes:
-    """Read how a file begins.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Read how a file begins; OSError if it cannot be read."""
     if isinstance(source, bytes):
         return source[:size]
     with source.open("rb") as file:

@@ -167,11 +167,7 @@ def _pinned_clients(
 
 
 def _redirected(address: str, target: str, name: str) -> str:
-    """The address that a redirect leads to.
-
-    Raises:
-        MediaError: it is neither http nor https.
-    """
+    """The address that a redirect leads to; MediaError if it is neither http nor https."""
     with contextlib.suppress(UnicodeError):
         # Servers send bytes of UTF-8, which headers are not decoded as.
         target = target.encode("latin-1").decode()
@@ -258,11 +254,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def file_url_path(url: str) -> Path:
-    """The local path of a `file://` address.
-
-    Raises:
-        MediaError: the address is malformed or names another machine.
-    """
+    """The local path of a `file://` address; MediaError if the address is malformed or names another machine."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:

@@ -138,11 +138,7 @@ def blend_on_white(frames: np.ndarray) -> np.ndarray:
 
 
 def _whole_clip(metadata: VideoMetadata | None) -> Clip:
-    """What a sampler needs of a whole video.
-
-    Raises:
-        MediaError: the metadata lacks the frame rate, or is nonsense.
-    """
+    """What a sampler needs of a whole video; MediaError if the metadata lacks the frame rate, or is nonsense."""
     if metadata is None or metadata.fps is None:
         raise MediaError(
             "Asked to sample frames per second but no video metadata was provided which is required when sampling "
