@@ -126,14 +126,8 @@ def compile_all(
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Compile cases of a module, each in a process of its own, and print how long each takes.
 
-    Args:
-      module: see `in_process`.
-      titles: number -> description of each case.
-      passes: (number, what was compiled) -> whether it keeps its targets.
-      is_busy: the times do not count.
-
-    Returns:
-      What was compiled, with case and verdict; and the errors of the others.
+    `titles`: number -> description of each; `passes`: (number, what was compiled) -> whether it keeps its targets;
+    `is_busy`: the times do not count. Returns what was compiled, with case and verdict; and the errors of the others.
     """
     out, lines, broken = report.console(), [], []
     for number, title in titles.items():

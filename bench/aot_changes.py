@@ -48,9 +48,7 @@ def regressions(before: Iterable[Line], now: Iterable[Line]) -> list[str]:
 def missing(before: Iterable[Line], now: Iterable[Line], chosen: Collection[str] | None = None) -> list[str]:
     """List the programs of a table that are not compiled any more, or have another name, a sentence each.
 
-    Args:
-      before, now: lines of both tables.
-      chosen: the cases that were compiled, where those were not all; lines of earlier versions do not say theirs.
+    `chosen`: the cases that were compiled, where those were not all; lines of earlier versions do not say theirs.
     """
     known = {key(line) for line in now}
     return [

@@ -20,14 +20,9 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step of `micro_batches` of `rows` by `length` tokens, and as many patches as the vision rows have.
 
-    Attributes:
-      rows, length: of its batch, in tokens.
-      vision_rows, vision_length: in patches.
-      remat: see `glm4v_jax.model.layers.Remat`.
-      lora: rank of the adapter that is trained; all weights are trained without.
-      micro_batches: of `rows` each.
+    `lora` is the rank of the adapter that is trained; all weights are trained without.
     """
 
     rows: int

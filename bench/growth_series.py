@@ -30,12 +30,7 @@ def amount(value: float, unit: Unit) -> str:
 
 
 class Panel(NamedTuple):
-    """A part of the chart: series over the same unit.
-
-    title: what grows.
-    x: with what.
-    unit: of the values.
-    """
+    """A part of the chart: series over the same unit. What grows is the title, with what is `x`."""
 
     title: str
     x: str

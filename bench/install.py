@@ -109,11 +109,7 @@ class Environment:
     def starts(self, other: pathlib.Path | None = None) -> dict[str, "Starts"]:
         """From the start of a process to its exit after one token about a 640 x 480 image, in turns, several times.
 
-        Args:
-          other: a checkout whose code starts as well.
-
-        Returns:
-          Which code, and whether with compiled programs on disk -> the figures.
+        Returns which code (also that of the checkout `other`), and whether with compiled programs on disk -> figures.
         """
         image = self.directory / "image.png"
         self.run("-c", MAKE_IMAGE, image)

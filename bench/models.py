@@ -68,11 +68,8 @@ def write_checkpoint(
 ) -> pathlib.Path:
     """Write a checkpoint whose weights let every part show in the logits.
 
-    Args:
-      directory: made if need be.
-      config: a config.json.
-      processor: write the packaged processor beside it, with the token ids of its tokenizer.
-      successors: for each token the one that the model generates after it; random weights do not say.
+    `processor`: with the packaged one, and the token ids of its tokenizer. `successors`: for each token the one that
+    the model generates after it; random weights do not say.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = config | (_PACKAGED_IDS if processor else {})

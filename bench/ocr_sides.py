@@ -101,12 +101,10 @@ class Ours(turns.JaxSide):
         self._slots = None
 
     def steps(self, tokens: int, mtp: bool = False) -> dict[str, float]:
-        """Seconds of a decode step of `tokens` tokens, head included, after the page.
+        """Seconds of a decode step of `tokens` tokens, head included, after the page: two are one and a draft to verify.
 
-        Args:
-          tokens: that the step runs: two are one and a draft to verify.
-          mtp: run an MTP layer instead of the decoder: such a layer, and before it the projection that joins the last
-            hidden state with the token's embedding.
+        `mtp`: of an MTP layer instead of the decoder: such a layer, and before it the projection that joins the last
+        hidden state with the token's embedding.
         """
         import jax
 

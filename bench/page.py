@@ -32,17 +32,10 @@ def tables(program: str, of: str | None = None) -> Sequence[Table]:
 
 
 def fill(template: pathlib.Path, **values: Any) -> str:
-    """Return the text of a template.
+    """Return the text of a template, which calls `values` by name; jinja2.UndefinedError if a figure is missing.
 
     In it, `x | f(".1f")` formats a number, `read("engine")` are results, `tables("engine")` their tables, and
     `use("bench.engine")` is a module, for its settings.
-
-    Args:
-      template: the file.
-      **values: what it calls by name, besides.
-
-    Raises:
-      jinja2.UndefinedError: a figure is missing.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"f": format, "median": statistics.median, "product": math.prod}

@@ -325,13 +325,7 @@ def run_job(directory: pathlib.Path, sizes: Sizes, log: Callable[[str], None] | 
 
 
 def run(sizes: Sizes, rounds: int, directory: pathlib.Path) -> dict[str, Any]:
-    """Measure everything.
-
-    Args:
-      sizes: of what is measured.
-      rounds: that count, after one for warming up.
-      directory: an empty one.
-    """
+    """Measure everything in an empty directory; of the rounds one more than `rounds` is for warming up."""
     load, checkpoint, content = turns.load_average(), TINY_CHECKPOINT, models.PACKAGED
     if sizes is not QUICK:
         content = models.TRAINING

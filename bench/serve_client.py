@@ -88,12 +88,9 @@ class Client:
     async def chat(
         self, body: Mapping[str, Any], *, leave_after: int | None = None, begun: Callable[[], None] | None = None
     ) -> Answer:
-        """Send a chat and read the answer as a stream.
+        """Send a chat and read the answer as a stream, which is closed after `leave_after` pieces of text.
 
-        Args:
-          body: of the request.
-          leave_after: pieces of text after which the stream is closed.
-          begun: called with the first.
+        `begun` is called with the first.
         """
         since = time.perf_counter()
         content = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})

@@ -81,17 +81,9 @@ def run(
     workers: turns.Workers, directory: pathlib.Path, content: dict[str, Any], samples: Sequence[Any], *,
     steps: int, rounds: int, shape: train_data.Shape = train_data.SHAPE, lines: Sequence[WaysLine] = LINES,
 ) -> dict[str, Any]:  # fmt: skip
-    """Pack the samples, load the checkpoint on both sides and measure.
+    """Pack the samples, load the checkpoint on both sides and measure; the batches are written beside the checkpoint.
 
-    Args:
-      workers: of both sides.
-      directory: of the checkpoint; the batches are written beside it.
-      content: its config.json.
-      samples: of which padding is measured.
-      steps: of a pass; from the middle of the batches, since the first and the last are packed differently.
-      rounds: measured passes.
-      shape: of packed batches.
-      lines: the comparisons.
+    A pass has `steps` from the middle of the batches, since the first and the last are packed differently.
     """
     load = turns.load_average()
     batches = train_data.packed(samples, shape)

@@ -44,15 +44,9 @@ class TimedTask(NamedTuple):
 
 
 def measure(workers: Workers, works: Sequence[Mapping[str, TimedTask]], rounds: int) -> list[list[dict[str, Any]]]:
-    """Have the sides take turns at every piece of work, in every round.
+    """Have the sides take turns at every piece of work, in `rounds` rounds and one before them for warming up.
 
-    Args:
-      workers: of both sides.
-      works: of each piece, what each side does.
-      rounds: how many count, after one for warming up.
-
-    Returns:
-      Of each piece, of each round, side -> result.
+    Returns, of each piece, of each round, side -> result.
     """
     results: list[list[dict[str, Any]]] = [[] for _ in works]
     for number in range(rounds + 1):
@@ -182,10 +176,7 @@ def parse(
 ) -> argparse.Namespace:
     """Parse the arguments of a program that runs its own sides; as one of them, do its tasks and exit.
 
-    Args:
-      parser: of all other arguments; `--side` and `--threads` are added.
-      ours, theirs: make the sides.
-      names: of the arguments that they are made of.
+    `--side` and `--threads` are added; `names` are the arguments that the sides are made of.
     """
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each side")

@@ -295,14 +295,9 @@ DESCRIPTION = "GLM-4.1V checkpoints: Hugging Face safetensors <-> Orbax, at any 
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
-    """Run one subcommand.
+    """Run one subcommand; `arguments` are those of this process by default, `prog` is the program's name in help.
 
-    Args:
-      arguments: what follows the program's name; those of this process by default.
-      prog: the program's name in help and errors.
-
-    Returns:
-      The exit status: see `run_program`; errors of `verify` have status 2.
+    Returns the exit status: see `run_program`; errors of `verify` have status 2.
     """
     return run_program(COMMANDS, arguments, name="convert", prog=prog, description=DESCRIPTION)
 

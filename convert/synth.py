@@ -42,11 +42,6 @@ class RandomTensor(LazyTensor):
     """Normally distributed numbers that depend on the seed, the name and the dtype only.
 
     Weights have the configuration's standard deviation, biases a tenth of it, and norms' weights a mean of one.
-
-    Attributes:
-      name: of the tensor.
-      deviation: standard deviation of weights.
-      seed: of the random numbers.
     """
 
     name: str

@@ -43,16 +43,7 @@ class DigitRecords(Sequence[Record]):
     """
 
     def __init__(self, count: int, curriculum: Curriculum | None = None, *, seed: int = 0) -> None:
-        """Make nothing yet.
-
-        Args:
-          count: of the whole training.
-          curriculum: see there.
-          seed: of everything that is drawn.
-
-        Raises:
-          ConfigError: the curriculum's tasks do not add up to a cycle.
-        """
+        """Make nothing yet; ConfigError if the curriculum's tasks do not add up to a cycle."""
         self._count, self._curriculum, self._seed = count, curriculum or Curriculum(), seed
         parts = (self._curriculum.reading, self._curriculum.grounding, self._curriculum.motion)
         if sum(parts) != CYCLE or min(parts) < 0:

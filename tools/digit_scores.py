@@ -45,15 +45,7 @@ def is_in_format(text: str) -> bool:
 
 
 def score(answers: Sequence[str], truth: Sequence[Example]) -> Scores:
-    """The scores of generated texts.
-
-    Args:
-        answers: one a example, with their tags.
-        truth: examples of one task.
-
-    Raises:
-        DataError: there are not as many answers as examples, or none.
-    """
+    """The scores of generated texts, tags included, by examples of one task; DataError if there are none, or others."""
     if len(answers) != len(truth) or not truth:
         raise DataError(f"answers: found {len(answers)}, expected one for each of {len(truth)} examples, at least one")
     in_format = float(np.mean([is_in_format(answer) for answer in answers]))
@@ -73,13 +65,7 @@ def score(answers: Sequence[str], truth: Sequence[Example]) -> Scores:
 
 
 class Row(NamedTuple):
-    """A row of `table`.
-
-    name: what is measured.
-    scores: the model's.
-    aim: the accuracy that is aimed at, None where there is no aim.
-    baseline: its accuracy without a model, None where there is none.
-    """
+    """A row of `table`; aim and baseline, which is without a model, are accuracies, None where there is none."""
 
     name: str
     scores: Scores

@@ -231,12 +231,7 @@ class Measure:
         return {tier: score(answers(self._engine, asked), asked).accuracy for tier, asked in self._questions.items()}
 
     def curve(self, out: Path, steps: Sequence[Step]) -> Iterator[Measured]:
-        """Measure what a job has kept, and its result, whose weights are rounded as those that it began with.
-
-        Args:
-          out: directory of the job.
-          steps: of the job.
-        """
+        """Measure what a job has kept, and its result, whose weights are rounded as those that it began with."""
         yield Measured(0, self.base)
         context = ocp.Context()
         context.pytree.loading.partial_load = True  # without the optimizer's state
@@ -257,15 +252,7 @@ def _params(directory: Path) -> tuple[Leaves, Layout]:
 
 
 def run(directory: Path, name: str, seed: int, size: Size, measure: Measure) -> Run:
-    """Take a run, unless it has been taken.
-
-    Args:
-      directory: of the job; a run that is complete is read from it.
-      name: of the arm.
-      seed: of the problems and the job.
-      size: see there.
-      measure: asks the result.
-    """
+    """Take a run, unless it has been taken: one that is complete is read from its directory."""
     arm = ARMS[name]
     job = write_job(directory, arm, seed, size)
     digest = hashlib.blake2b(f"{job.read_text(encoding='utf-8')}{size}".encode(), digest_size=8).hexdigest()

@@ -32,13 +32,7 @@ SLOTS = 16
 
 
 def answers(engine: Engine, questions: Sequence[Example], *, flat: bool = False) -> list[str]:
-    """The answers to questions, greedy, in their order.
-
-    Args:
-      engine: of the model that answers.
-      questions: whose answers are not scored.
-      flat: see `flattened`.
-    """
+    """The answers to questions, greedy, in their order; `flat`: of `flattened` prompts."""
     prompts = [engine.prompt(example.prompt) for example in questions]
     if flat:
         prompts = [flattened(prompt) for prompt in prompts]
@@ -74,12 +68,9 @@ def baseline(task: Task, truth: Sequence[Example]) -> float:
 
 
 def measure(engine: Engine, split: Split = "held-out", count: int = NUM_HELD_OUT) -> list[Row]:
-    """The rows of the table: every task, and the tasks again without what they need.
+    """The rows of the table, of `count` questions each: every task, and the tasks again without what they need.
 
-    Args:
-      engine: of the model.
-      split: whose digits are asked about; "validation" to choose between trainings.
-      count: how many questions of each task.
+    The split "validation" is for choosing between trainings.
     """
     rows, ablated = [], []
     for task in TASKS:

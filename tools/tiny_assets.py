@@ -214,13 +214,7 @@ def json_bytes(content: object) -> bytes:
 
 
 def asset_files(vocabulary: Vocabulary, config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Every file of the checkpoint but its weights: name -> content.
-
-    Args:
-      vocabulary: of the tokenizer.
-      config: see `model_config`.
-      tokenizer: see `train_tokenizer`.
-    """
+    """Every file of the checkpoint but its weights: name -> content."""
     return {
         "config.json": json_bytes(config),
         "generation_config.json": json_bytes(generation_config(vocabulary)),

@@ -38,14 +38,7 @@ REPORT = Path(__file__).resolve().parent.parent / "docs" / "tiny.md"
 
 
 def job(start: Path, out: Path, steps: int = STEPS, seed: int = 0) -> TrainConfig:
-    """The training job.
-
-    Args:
-      start: the checkpoint to begin with.
-      out: directory of the job.
-      steps: of the whole training.
-      seed: of what is drawn.
-    """
+    """The training job, from the checkpoint `start` to the directory `out`."""
     return TrainConfig(
         model=str(start),
         out=str(out),
@@ -68,16 +61,7 @@ def job(start: Path, out: Path, steps: int = STEPS, seed: int = 0) -> TrainConfi
 
 
 def make(out: Path, steps: int, seed: int, log: Callable[[str], None]) -> Path:
-    """Train a model.
-
-    Args:
-      out: directory of the job, empty or that of one that was interrupted.
-      steps, seed: of the training.
-      log: called with lines for a person.
-
-    Returns:
-      The directory of its checkpoint.
-    """
+    """Train a model in `out`, empty or the directory of a job that was interrupted; return that of its checkpoint."""
     start = out / "start"
     write_start(start, seed)
     train(job(start, out, steps, seed), records=DigitRecords(steps * RECORDS_PER_STEP, seed=seed), log=log)

@@ -76,10 +76,7 @@ class Device:
 def random_module(config: Glm4vConfig, dtype: DTypeLike, *, is_served: bool = False) -> Glm4v:
     """Make a model in the current mesh by one program, of numbers that take little to compile and to make.
 
-    Args:
-      config: of the model.
-      dtype: of its leaves.
-      is_served: with the order of kernels for generation, which is another one on a TPU.
+    `is_served`: with the order of kernels for generation, which is another one on a TPU.
     """
     abstract = jax.eval_shape(lambda: Glm4v.init(config, dtype=dtype))
     leaves, structure = jax.tree.flatten(abstract)

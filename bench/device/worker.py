@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Something to measure.
+    """Something to measure: the function `where` yields its figures.
 
-    seconds: at most; a part that has none left stops between two figures, and is ended a little later if it does not.
-    where: the function that yields its figures.
-    in_own_process: not together with others.
+    A part that has no `seconds` left stops between two figures, and is ended a little later if it does not.
     """
 
     name: str
