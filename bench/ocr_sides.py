@@ -101,7 +101,7 @@ class Ours(turns.JaxSide):
         self._slots = None
 
     def steps(self, tokens: int, mtp: bool = False) -> dict[str, float]:
-        """Seconds of a decode step of `tokens` tokens, head included, after the page: two are one and a draft to verify.
+        """Seconds of a decode step of some tokens after the page, head included: two are one and a draft to verify.
 
         `mtp`: of an MTP layer instead of the decoder: such a layer, and before it the projection that joins the last
         hidden state with the token's embedding.

@@ -104,15 +104,10 @@ class Comparison:
 
 
 def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -> Comparison:
-    """Compare two runs of a task, or of its variants with the same metric, item by item.
-
-    Args:
-      first, second: directories of the runs, each with summary.json and results.jsonl.
-      right: the least score of a right item.
-      seed: of the bootstrap.
+    """Compare two runs of a task, or of its variants with the same metric, item by item; an item is right from `right`.
 
     Raises:
-      DataError: a directory is not that of a run, or the runs are of different metrics or data.
+      DataError: a directory has no summary.json and results.jsonl, or the runs are of different metrics or data.
       OSError: a file cannot be read.
     """
     summaries = read_summary(first), read_summary(second)

@@ -21,12 +21,7 @@ _SPREAD = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The difference of two runs over the same items.
-
-    Attributes:
-      mean: of the second's scores less the first's.
-      low, high: of its confidence interval.
-    """
+    """The mean of the second run's scores less the first's over the same items, and its confidence interval."""
 
     mean: float
     low: float

@@ -38,18 +38,8 @@ def score_run(
 ) -> tuple[list[ItemResult], dict[str, Any]]:
     """Score the answers of a run, and write results and summary beside them; needs no model.
 
-    Args:
-      items: of the task.
-      task: for its metric.
-      out: directory of the run.
-      about: further fields of the summary: model, options.
-      seed: of the bootstrap.
-
-    Returns:
-      The results in the items' order, and the summary.
-
-    Raises:
-      DataError: answers are missing.
+    `about` are further fields of the summary: model, options. Returns the results in the items' order, and the summary;
+    DataError if answers are missing.
     """
     metric = METRICS[task.metric]
     results = score_items(items, read_answers(out / ANSWERS), metric)
@@ -72,10 +62,6 @@ def score_run(
 def summarize(items: Sequence[Item], results: Sequence[ItemResult], metric: Metric, seed: int = 0) -> dict[str, Any]:
     """Compute the figures of a run; equal results give equal figures.
 
-    Args:
-      items, results: in the same order.
-      metric: of the task.
-      seed: of the bootstrap.
 
     Returns:
       score: the metric's own, as it is published for the task.
@@ -88,9 +74,6 @@ def summarize(items: Sequence[Item], results: Sequence[ItemResult], metric: Metr
       truncated_share: fraction of items whose text was cut off, parsed or not.
       forced_share: fraction of items whose thought was closed because its budget was used up.
       tokens: of all prompts, and of all texts.
-
-    Raises:
-      DataError: there are no results.
     """
     if not results:
         raise DataError("results: found none; expected at least one")

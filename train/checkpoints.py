@@ -125,16 +125,7 @@ class Checkpoints:
         return f"the score was {scores[0]:.1%} after all {len(scores)} evaluations: the smallest loss decides"
 
     def check_room(self, state: TrainState, count: int, more: int = 0) -> None:
-        """Check that the disk has room for what is going to be written.
-
-        Args:
-          state: its arrays, or their shapes.
-          count: how many checkpoints will be saved.
-          more: bytes of other files.
-
-        Raises:
-          CheckpointError: it has not.
-        """
+        """Raise a CheckpointError if the disk lacks room for `count` checkpoints and `more` bytes of other files."""
         # One more than are kept: the oldest is removed when the new one is complete.
         most = self._config.keep + (self._config.best is not None) + 1
         count = min(count, max(1, most - len(self._steps()))) if count else 0
@@ -155,14 +146,9 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], number: int | None = None) -> None:
         """Start to write a state, which may be donated as soon as this returns; waits for the one before.
 
-        Args:
-          state: of the job.
-          data: the position in the data after its last step, as JSON.
-          number: of the checkpoint, larger than those before; by default the state's step.
-
-        Raises:
-          CheckpointError: the disk is full; also raised by the methods that wait.
-          OSError: the disk refuses.
+        `data` is the position in the data after the state's last step, as JSON; `number` is larger than those before,
+        by default the state's step. OSError if the disk refuses, CheckpointError if it is full; also raised by the
+        methods that wait.
         """
         self.wait()
         content = {"params": state.params, "opt_state": state.opt_state, "counts": _counts(state)}
@@ -202,11 +188,8 @@ class Checkpoints:
     def restore(self, like: TrainState) -> Restored:
         """Load the latest one; if it is damaged, the one before, and so on.
 
-        Args:
-          like: its arrays, abstract, sharded as they are to be loaded.
-
-        Raises:
-          CheckpointError: it does not fit the job, or all are damaged; in several processes, one is.
+        `like` has its arrays, abstract, sharded as they are to be loaded. CheckpointError if it does not fit the job,
+        or all are damaged; in several processes, one is.
         """
         content = {"params": like.params, "opt_state": like.opt_state, "counts": _counts(like)}
         while (step := self.latest) is not None:

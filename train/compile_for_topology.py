@@ -116,13 +116,8 @@ def step_program(
 ) -> compile_for_topology.Program:
     """Return the step that a job runs, with AdamW and bfloat16; all of its state is abstract.
 
-    Args:
-      config: of the model.
-      shapes: of the batches, sharded over the mesh as by `placement.put`.
-      remat: see `step.make_step`.
-      lora: train an adapter instead.
-      freeze: parts of the model (`optimizers.GROUPS`) that are not trained.
-      report: called with the cost of the traced step.
+    `remat` is that of `step.make_step`, `lora` trains an adapter instead, parts of the model in `freeze`
+    (`optimizers.GROUPS`) are not trained, and `report` is called with the cost of the traced step.
     """
 
     def trace(model: Glm4v, devices: Mesh) -> jax.stages.Traced:
@@ -186,11 +181,9 @@ def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shap
 
 
 def count_products(jaxpr: Any) -> tuple[float, dict[str, int]]:
-    """Count the matrix products of a traced program.
+    """Count the operations of matrix products in a traced program, all devices together, but those in kernels.
 
-    Returns:
-      Operations of its matrix products, all devices together, those in kernels excluded; and kernel name -> how often
-      it runs.
+    Also returns kernel name -> how often it runs.
     """
     flops, kernels = 0.0, collections.Counter[str]()
     for equation, runs in _equations(jaxpr, 1):

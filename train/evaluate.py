@@ -161,13 +161,7 @@ class Evaluator:
     def __call__(self, weights: Weights, answers: Path, is_stopped: Callable[[], bool]) -> Evaluation | None:
         """Evaluate a model, and write its answers to a file, one JSON line each, in the records' order.
 
-        Args:
-          weights: the model.
-          answers: the file.
-          is_stopped: called between batches and between answers, in all processes alike.
-
-        Returns:
-          The results; None if stopped.
+        `is_stopped` is called between batches and between answers, in all processes alike; None if it was.
         """
         self._note = seldom(self._log)
         found = self.loss(weights, is_stopped)

@@ -66,10 +66,7 @@ def work_of(segment_ids: Int[Array, "*B T"], vision_segment_ids: Int[Array, "*R 
 def step_flops(config: Glm4vConfig, params: Mapping[str, Any], frozen: Mapping[str, Any], work: Work) -> float:
     """Return the operations of a step: forward, and backward as far as something is trained.
 
-    Args:
-      config: of the model.
-      params, frozen: path -> leaf with a shape, as from `state.split`; adapters are among the first.
-      work: of the batches of the step, all devices together.
+    `params` and `frozen` are path -> leaf with a shape, as from `state.split`; adapters are among the first.
     """
     first = _first_stage(params)
     total = 0.0

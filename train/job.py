@@ -198,12 +198,7 @@ def _make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
 def check_same(config: TrainConfig, data: Data, identity: Mapping[str, Any]) -> None:
     """Check that all processes have the same job and as many records; the directories of their files may differ.
 
-    Args:
-      config, data: of the job.
-      identity: see there.
-
-    Raises:
-      MessageError: they have not.
+    Otherwise a MessageError.
     """
     if not several():
         return
@@ -372,12 +367,8 @@ class Job:
     ) -> tuple["Job", TrainState]:
         """Load the model and make the optimizer.
 
-        Args:
-          config, model_config: of the job and of its model.
-          progress: called with bytes of weights read and bytes in all, after each leaf.
-
-        Returns:
-          The job, and its state before the first step, of which it keeps no array.
+        `progress` is called with bytes of weights read and bytes in all, after each leaf. The job keeps no array of the
+        state that it returns, which is the one before the first step.
 
         Raises:
           Glm4vError: what is wrong with the model, or with how it is to be trained.
@@ -421,9 +412,7 @@ class Job:
 
         All processes call this; the first one writes.
 
-        Raises:
-          CheckpointError: what was written does not compute the same.
-          OSError: the disk refuses.
+        CheckpointError if what was written does not compute the same; OSError if the disk refuses.
         """
         if self.config.lora is not None:
             return export_adapter(self.weights(params).cast(), self.config.model, out / ADAPTER)

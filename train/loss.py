@@ -53,12 +53,8 @@ def cross_entropy(
 ) -> Sums:
     """Return the weighted cross entropy of `targets`, over logits that may be sharded along the vocabulary.
 
-    Args:
-      model: for its head.
-      hidden: after the last norm.
-      targets: the token to predict at each position; any where there is none.
-      weights: 0 where there is no target.
-      chunk: tokens of a row to take at a time; the backward pass recomputes their logits.
+    `hidden` comes after the last norm, `weights` are 0 where there is no target, and the backward pass recomputes the
+    logits of a `chunk` of a row at a time.
     """
 
     def add(sums: Sums, scores: Array, targets: Array, weights: Array) -> Sums:

@@ -44,11 +44,7 @@ class Noise(NamedTuple):
 def add_noise(embeds: Float[Array, "B T D"], batch: Batch, key: Array, alpha: float) -> Float[Array, "B T D"]:
     """Add noise to the embeddings of text, uniform in +-alpha / sqrt(L D) (NEFTune, arXiv 2310.05914).
 
-    Args:
-      embeds: of the batch, vision features in their places, which get none.
-      batch: L is the number of tokens of each sample in it.
-      key: of the random numbers.
-      alpha: size of the noise.
+    L is the number of tokens of each sample; vision features get none.
     """
     segments = mesh.reshard(batch.segment_ids, "batch", "length")
     lengths = jnp.sum(segments[:, :, None] == segments[:, None, :], axis=-1)

@@ -44,16 +44,9 @@ def open_checkpoints(
 ) -> Iterator[Checkpoints]:
     """Create and lock the output directory, and open its checkpoints; all processes call this.
 
-    What is created for a job that is then refused is removed again.
-
-    Args:
-      config: of the job.
-      identity: what must not have changed for the job to resume, see `Checkpoints`.
-      log: called with log lines for a person.
-
-    Raises:
-      CheckpointError: another process holds it, its checkpoints are another job's, the path of the result has
-        other files, or too little disk space is left.
+    `identity` is what must not have changed for the job to resume, see `Checkpoints`. What is created for a job that is
+    then refused is removed again. CheckpointError if another process holds the directory, its checkpoints are another
+    job's, the path of the result has other files, or too little disk space is left.
     """
     out = Path(config.out)
     with contextlib.ExitStack() as stack:

@@ -47,12 +47,7 @@ def compute(
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Yield the number of each pair with the log probabilities of its two answers; all processes call this.
 
-    Args:
-      weights: of the model before the training.
-      samples: number -> pair.
-      batch: shape of the batches that they are packed into.
-      config: of the model.
-      mesh: that it is on.
+    `weights` are those before the training, `samples` number -> pair, and `batch` is the shape that they are packed in.
     """
     packer, numbers = packer_of(batch), dict[int, int]()
 

@@ -73,12 +73,7 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model during training, as programs take it.
-
-    params, frozen: its leaves, trained and not.
-    layout: of the model.
-    dtype: compute dtype.
-    """
+    """A model during training, as programs take it: its leaves, trained and not, and what it computes in."""
 
     params: Leaves
     frozen: Leaves

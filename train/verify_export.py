@@ -53,15 +53,7 @@ class Verified(NamedTuple):
 
 
 def prompt(directory: str | Path, config: Glm4vConfig) -> Batch:
-    """Return a question about an image, always the same.
-
-    Args:
-      directory: of a checkpoint with tokenizer and processor.
-      config: of the model.
-
-    Raises:
-      CheckpointError: the tokenizer or the processor is missing or damaged.
-    """
+    """Return a question about an image, always the same; CheckpointError if tokenizer or processor are missing."""
     row, column = np.mgrid[:_SIDE, :_SIDE]
     image = np.stack([row + column, 2 * row, (row - column) % 97 + 100 * (row > column)], axis=-1).astype(np.uint8)
     content = [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]

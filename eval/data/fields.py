@@ -54,10 +54,7 @@ def scalar(row: Fields, name: str) -> str:
 def texts(row: Fields, *names: str, is_literal: bool = False) -> list[str]:
     """Return a list of at least one string or number, as strings; one alone is a list of it.
 
-    Args:
-        row: of the data.
-        names: of the field; the first that the row has is taken.
-        is_literal: whether a string may spell the list in Python, "['a', 'b']".
+    The first of the `names` that the row has is taken. `is_literal`: a string may spell the list in Python, "['a']".
     """
     name, value = first(row, *names)
     value = literal_list(value) if is_literal else value

@@ -24,13 +24,7 @@ _MARKER = re.compile(r"<(image|video)(?: ([0-9]{1,3}))?>")
 
 
 class Origin(NamedTuple):
-    """Where a row was read from.
-
-    Attributes:
-      path: the file.
-      number: of the row in it, from 0.
-      total: of the row in all files, from 0.
-    """
+    """Where a row was read from: its number in the file, and in all files together; both from 0."""
 
     path: Path
     number: int
@@ -84,17 +78,10 @@ def template(source: str) -> jinja2.Template:
 
 
 def make_item(question: Question, prompt: str, system: str | None, directory: Path, place: str) -> Item:
-    """Make the item of a question.
+    """Make the item of a question; `prompt` is the template of its text.
 
-    Args:
-      question: see there.
-      prompt: template of the text, over the question's fields.
-      system: the system message.
-      directory: what paths of the question's images and videos are relative to.
-      place: of the row, for the item.
-
-    Returns:
-      An item; where its reference has "boxes" but no "width" and "height", with those of its first image in pixels.
+    Paths of images and videos are relative to `directory`. Where the reference has "boxes" but no "width" and "height",
+    they are those of the first image, in pixels.
 
     Raises:
       DataError: the template uses an undefined field, or a marker has no image.

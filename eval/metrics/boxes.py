@@ -48,13 +48,9 @@ def iou(box: Sequence[float], other: Sequence[float]) -> float:
 
 
 def refcoco(text: str, reference: Reference, scale: Scale = "thousand", is_only: bool = False) -> Score:
-    """Score 1 where the first box of the answer has an IoU of at least 0.5 with the only right one; part "iou".
+    """Score 1 where the first box of the answer, on `scale`, has an IoU of at least 0.5 with the only right one.
 
-    Args:
-        text: all that was generated.
-        reference: with exactly one box, and the image's size.
-        scale: of the coordinates in the answer.
-        is_only: whether an answer of several boxes is wrong, with an IoU of 0.
+    Part "iou". `is_only`: an answer of several boxes is wrong, with an IoU of 0.
     """
     expected, (width, height) = only_box_of(reference), size_of(reference)
     found = boxes(text, scale)

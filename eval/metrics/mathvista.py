@@ -39,12 +39,9 @@ def mathvista(text: str, reference: Reference, is_official: bool = False) -> Sco
     Multiple choice: the text of the option. Integers and floats: as texts, an integer truncated, a float rounded to the
     item's precision, so that "3.0" is 3. Others: as texts but for case and whitespace.
 
-    Args:
-        text: all that was generated.
-        reference: of the item.
-        is_official: whether numbers have to stand alone, texts equal to the letter, and an answer that names no option
-            is taken for the one most similar to it by Levenshtein distance, as evaluation/calculate_score.py does. Else
-            a number may have its unit, and what names no option is unparsed.
+    `is_official`: numbers have to stand alone, texts are equal to the letter, and an answer that names no option is
+    taken for the one most similar to it by Levenshtein distance, as evaluation/calculate_score.py does. Else a number
+    may have its unit, and what names no option is unparsed.
     """
     gold = str(required(reference, "answer"))
     kind = reference.get("answer_type", "text")

@@ -28,13 +28,9 @@ _SKIPPED = ("colgroup", "math")
 
 @dataclasses.dataclass
 class Node:
-    """An element of a table.
+    """An element of a table, with colspan and rowspan of a cell, else (1, 1).
 
-    Attributes:
-      tag: its name.
-      spans: colspan and rowspan of a cell; (1, 1) of all else.
-      content: of a cell: its characters, and tags of elements in it.
-      children: in order; none of a cell.
+    The content of a cell is its characters, and tags of elements in it; it has no children.
     """
 
     tag: str
@@ -45,12 +41,7 @@ class Node:
 
 @dataclasses.dataclass
 class Table:
-    """A table as a tree.
-
-    Attributes:
-      root: its `<table>`.
-      size: number of elements below the root, those inside cells too.
-    """
+    """A table as a tree of `size` elements below the root, those inside cells too."""
 
     root: Node
     size: int
@@ -233,9 +224,7 @@ def tree_distance(first: Node, second: Node, is_structure: bool = False) -> floa
 
     Pairs with a leaf, nearly all in tables, need no forests: the leaf becomes the most similar node of the other tree.
 
-    Args:
-      first, second: of N and M nodes; time goes with N M.
-      is_structure: whether contents of cells do not count.
+    Time goes with N M for trees of N and M nodes. `is_structure`: contents of cells do not count.
     """
     one, two = _Flat(first), _Flat(second)
     rename = _renames(one.nodes, two.nodes, is_structure)

@@ -65,11 +65,8 @@ def normalized(text: str, is_eval_ai: bool = False, is_repaired: bool = False) -
     Lower case; punctuation goes, or becomes a space where it stands between letters; number words are digits; articles
     go; contractions get their apostrophes.
 
-    Args:
-        text: plain.
-        is_eval_ai: whether commas and question marks go and "'s" is split off first, as the processor of EvalAI does
-            it, which lmms-eval uses for TextVQA.
-        is_repaired: whether a full stop stays after a digit, as in VLMEvalKit.
+    `is_eval_ai`: commas and question marks go and "'s" is split off first, as the processor of EvalAI does it, which
+    lmms-eval uses for TextVQA. `is_repaired`: a full stop stays after a digit, as in VLMEvalKit.
     """
     if is_eval_ai:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")

@@ -51,12 +51,9 @@ _IN_HEAD = (
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A box, or a point, over an image.
+    """A box, or a point, over an image, which are from 0 to 1000 along each axis.
 
-    Attributes:
-      kind: "reference" or "predicted".
-      left, top, width, height: from 0 to 1000 along each axis; a point is the centre of a cross of this size.
-      is_point: whether it is a point.
+    A point is the centre of a cross of this size. `kind` is "reference" or "predicted".
     """
 
     kind: str
@@ -97,13 +94,9 @@ class ItemCard:
 def write_report(
     items: Sequence[Item], results: Sequence[ItemResult], summary: Mapping[str, Any], path: Path, limit: int = LIMIT
 ) -> None:
-    """Write the page of a run, complete or not at all.
+    """Write the page of a run, complete or not at all; items and results are in the same order.
 
-    Args:
-      items, results: in the same order.
-      summary: of the run; see `eval.summary.summarize`.
-      path: of the file.
-      limit: the most items on it, those with the lowest scores; the others are counted on the page.
+    It has at most `limit` items, those with the lowest scores; the others are counted.
 
     Raises:
       DataError: the results are not those of the items, or the limit is negative.

@@ -88,17 +88,10 @@ def check(
 ) -> DataReport:
     """Check every record.
 
-    Args:
-        records: what to check.
-        measure: returns the length of a record; raises `Glm4vError` for one that cannot be encoded.
-        unit: what it counts.
-        limit: check only the first N rows.
-        decode: decode images and videos, remote ones too; otherwise only check that files exist and that images have
-            a valid header.
-        progress: called with the number of rows done, and of rows to do.
-
-    Raises:
-        DataError: `limit` is not positive.
+    `measure` returns a record's length in `unit`; it raises `Glm4vError` for one that cannot be encoded. With `decode`
+    images and videos are decoded, remote ones too; otherwise files must exist, and images have a valid header.
+    `progress` is called with the number of rows done, and of rows to do. DataError if `limit`, the number of rows to
+    check, is not positive.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit: found {limit}; expected at least 1")

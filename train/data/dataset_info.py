@@ -44,14 +44,7 @@ _TAGS = {*_DEFAULT_TAGS, "role_tag", "content_tag"}
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A data set of a dataset_info.json.
-
-    Attributes:
-        path: its file or directory.
-        formatting: "alpaca", "sharegpt" or "openai".
-        columns: the names of its rows' fields.
-        is_preference: whether its rows have a preferred and a rejected answer.
-    """
+    """A data set of a dataset_info.json: its file or directory, and how its rows are read."""
 
     path: Path
     formatting: FormatName

@@ -50,15 +50,8 @@ def count_steps(
 
     All processes call this. Every record is encoded once, by one of the processes.
 
-    Args:
-      encoder: of all records.
-      data, batch: see there.
-      mesh: whose devices take the batches.
-      epochs: how often each record is seen.
-      seed: of the order.
-      log: called with how far it is.
-      step, lanes: of the checkpoint that the job resumes from, with the states of its lanes. The steps are counted from
-        there on: the last batches of a job that was complete with fewer epochs were partly filled.
+    `step` and `lanes` are those of the checkpoint that the job resumes from. The steps are counted from there on: the
+    last batches of a job that was complete with fewer epochs were partly filled.
 
     Raises:
       ConfigError: the checkpoint has begun more epochs.

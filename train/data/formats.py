@@ -165,13 +165,7 @@ def conversation(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
 def pairs(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     """Read objects of a question and its answer, by their roles: `{"user": ..., "assistant": ...}`.
 
-    Args:
-        row: of a data file.
-        columns: names of its fields, `roles` the keys of a pair.
-        is_strict: as of `conversation`.
-
-    Raises:
-        DataError: a field is missing or wrong; markers and files are not as many.
+    `columns.roles` are the keys of a pair; see `conversation` for the rest.
     """
     _check_row(row, columns)
     media = columns.media(row)
@@ -236,13 +230,7 @@ def _put_first(messages: Sequence[Message], items: Sequence[MediaItem]) -> None:
 def instruction(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     """Read a question with its answer, and earlier pairs; all answers are targets, as in LLaMA-Factory.
 
-    Args:
-        row: of a data file.
-        columns: names of its fields.
-        is_strict: as of `conversation`.
-
-    Raises:
-        DataError: a field is missing or wrong; markers and files are not as many.
+    See `conversation` for the rest.
     """
     _check_row(row, columns)
     media = columns.media(row)
@@ -272,12 +260,7 @@ def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
     Images are in the items, or in `images` or `image`, with items `{"type": "image"}` at their positions. Contents that
     are text have no markers: without such items the images go before the first text of the user, as in TRL.
 
-    Args:
-        row: of a data file.
-        is_strict: as of `conversation`, for items instead of markers.
-
-    Raises:
-        DataError: a field is missing or wrong; items and files are not as many.
+    Not `is_strict`: there may be fewer such items than files. DataError as in `conversation`.
     """
     _check_row(row, OPENAI)
     media, functions = OPENAI.media(row), tools.read_tools(row, OPENAI.tools)

@@ -29,16 +29,7 @@ def bins(values: Sequence[int]) -> tuple[int, np.ndarray]:
 
 
 def draw_histogram(values: Sequence[int], unit: str, title: str) -> PIL.Image.Image:
-    """Draw the distribution of lengths.
-
-    Args:
-        values: at least one, none negative.
-        unit: what they count.
-        title: of the image.
-
-    Returns:
-        An RGB image.
-    """
+    """Draw the distribution of lengths, at least one and none negative, as an RGB image."""
     image = PIL.Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = PIL.ImageDraw.Draw(image)
     font, large = PIL.ImageFont.load_default(14), PIL.ImageFont.load_default(18)

@@ -130,12 +130,7 @@ class RowWriter:
         config: Glm4vConfig,
         average: str,
     ):
-        """Start an empty batch with the vision rows of these images and videos, which fit.
-
-        Args:
-          media: of all prompts.
-          rows, length, vision_shape, config, average: see `pack`.
-        """
+        """Start an empty batch with the vision rows of these images and videos, which fit; see `pack`."""
         vision, self.features, self._average = None, dict[Medium, np.ndarray](), average
         if vision_shape is not None:
             settings = config.vision_config
@@ -150,11 +145,7 @@ class RowWriter:
     def write(self, found: RowPlace, prompt: Prompt, targets: np.ndarray, counts: np.ndarray) -> tuple[int, slice]:
         """Write a prompt of T tokens, and return where it is.
 
-        Args:
-          found: its place.
-          prompt: tokens, positions, images and videos.
-          targets: int [T], the token to predict after each.
-          counts: bool [T], which of them have a weight.
+        `targets`: int [T], the token to predict after each; `counts`: bool [T], which of them have a weight.
         """
         here = np.s_[found.row, found.start : found.start + len(prompt)]
         batch = self.batch.batch
@@ -260,14 +251,9 @@ class Packer(Generic[P]):
         return {"pushed": self._pushed, "open": [batch.keys for batch in self._open]}
 
     def set_state(self, state: Mapping[str, Any], sample_of: Callable[[Any], P]) -> None:
-        """Continue from the state of another packer with the same arguments.
+        """Continue from the state of another packer with the same arguments; `sample_of` encodes a key's sample again.
 
-        Args:
-          state: its `get_state`.
-          sample_of: key -> sample, encoded again.
-
-        Raises:
-          DataError: the samples do not fit as they did: the arguments, the data or the options differ.
+        DataError if the samples do not fit as they did: the arguments, the data or the options differ.
         """
         opened = []
         for keys in state["open"]:

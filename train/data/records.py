@@ -192,14 +192,9 @@ def _without_nulls(value: Any) -> Any:
 
 
 def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], str]:
-    """Return the messages before the last one of the assistant, and its text.
+    """Return the messages before the last one of the assistant, and its text; DataError if there is none.
 
-    Args:
-      record: a conversation.
-      fps: frame rate of videos that are given as frames without one.
-
-    Raises:
-      DataError: no message of the assistant follows another one.
+    Videos that are given as frames without a rate get `fps`.
     """
     last = max((i for i, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
     if not last:

@@ -187,19 +187,9 @@ class Stream:
         draws: Draws = (),
         epochs: int = 0,
     ):
-        """Start at the beginning.
+        """Start at the beginning; `draws` and `epochs` are those of `Lane`. DataError if there are no records.
 
-        Args:
-          encoder: of the records; see `make_encoder`.
-          config: of the model.
-          data, batch: see there.
-          mesh: whose devices take the batches.
-          seed: of the order.
-          log: called with one message for every record that is skipped.
-          draws, epochs: see `Lane`.
-
-        Raises:
-          DataError: there are no records.
+        `log` is called with one message for every record that is skipped.
         """
         if not len(encoder.records):
             raise DataError(f"{', '.join(data.files)}: found no rows; expected some to train on")

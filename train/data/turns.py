@@ -26,13 +26,7 @@ def target_turns(
     A thought in a field of its own stays there if the chat template reads it; else it becomes a part of the content, as
     the model writes it.
 
-    Args:
-      record: a conversation.
-      keep_thoughts: see `EncodeOptions`.
-      processor: of the model, for its chat template.
-
-    Raises:
-      DataError: none contributes, one that does is empty or not the assistant's, or the model has no thoughts or tools.
+    DataError if none contributes, one that does is empty or not the assistant's, or the model has no thoughts or tools.
     """
     thinking, source = processor.thinking, processor.template()
     if record.tools and "tools" not in processor.template_variables:

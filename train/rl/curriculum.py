@@ -35,14 +35,7 @@ _ROUNDS = 200
 
 
 class Outcome(NamedTuple):
-    """What became of a problem that was drawn.
-
-    Attributes:
-      key: of the problem.
-      mean: of the rewards of its rollouts.
-      samples: how many rollouts had one.
-      is_valid: whether the group can be learned from.
-    """
+    """What became of a problem that was drawn: the mean reward of its rollouts, and whether they teach anything."""
 
     key: str
     mean: float
@@ -73,17 +66,10 @@ class Curriculum:
         levels: Sequence[str | None] | None = None,
         rates: Mapping[str, float] | None = None,
     ):
-        """Start with the priors alone.
+        """Start with the priors alone; `keys`, `domains` and `levels` are of each problem.
 
-        Args:
-          keys, domains, levels: of each problem.
-          config: see there.
-          prompts: groups that a step learns from.
-          seed: of the draws.
-          rates: key -> offline pass rate, of those that have one.
-
-        Raises:
-          ConfigError: there are more domains than the floor has room for.
+        `rates`: key -> offline pass rate, of those that have one. ConfigError if there are more domains than the floor
+        has room for.
         """
         self._keys, self._config, self._prompts, self._seed = list(keys), config, prompts, seed
         self._numbers = {key: number for number, key in enumerate(self._keys)}

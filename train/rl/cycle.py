@@ -114,12 +114,8 @@ class Cycle:
     ) -> tuple[TrainState, CycleResult]:
         """Take a step; the state is donated.
 
-        Args:
-          state: of the training.
-          problems: in the same order in all processes.
-          score: gives rewards, the same in all processes.
-          seed: of the answers, see `rollouts.seed_of`.
-          step: its number in the job, from 1, which the schedule of the learning rate goes by.
+        Problems are in the same order, and rewards the same, in all processes. `step` is its number in the job, from 1,
+        which the schedule of the learning rate goes by; for `seed` see `rollouts.seed_of`.
 
         Raises:
           DriftError: the ratios before the first update are not 1: something that was sampled is not what was learned.

@@ -41,13 +41,7 @@ class Handover:
     ):
         """Make the programs; leaves may be abstract.
 
-        Args:
-          layout: of the model in training.
-          params: its trained leaves.
-          frozen: its other leaves; they are kept, and converted in the first call.
-          dtype: that the engine computes in.
-          mesh: of the training.
-          engine_mesh: of the engine, over the same devices; by default the same mesh.
+        Frozen ones are kept, and converted in the first call. Both meshes are of the same devices, by default the same.
         """
         other = None if engine_mesh in (None, mesh) else engine_mesh
         self._mesh, self._source = mesh, frozen

@@ -32,13 +32,7 @@ _BUSY = 10.0
 
 
 class Task(NamedTuple):
-    """A text to score.
-
-    Attributes:
-      domain: whose verifier scores it.
-      text: all that was generated.
-      item: the reference.
-    """
+    """A text to score, by the verifier of its domain, and its reference."""
 
     domain: str
     text: str
@@ -55,12 +49,7 @@ class Judges:
     """
 
     def __init__(self, verifiers: Mapping[str, Verifier], processes: int = 2):
-        """Start no process yet.
-
-        Args:
-          verifiers: domain -> its verifier.
-          processes: how many children at most each domain has.
-        """
+        """Start no process yet; each domain will have at most `processes` children."""
         self._verifiers = dict(verifiers)
         self._pools = {
             domain: _Pool(domain, verifier.config, processes)
@@ -125,12 +114,7 @@ def score_shared(
 def check_failures(tasks: Sequence[Task], rewards: Sequence[Reward], most: float) -> None:
     """Check how many of a step's texts verifiers could not score; one always may fail.
 
-    Args:
-      tasks, rewards: of a step.
-      most: the largest fraction that may fail.
-
-    Raises:
-      DataError: more have failed. It names the domain with most of them, and what was wrong with the first.
+    DataError if a larger fraction than `most` has failed: it names the domain with most of them, and the first's fault.
     """
     failed = [(task, reward) for task, reward in zip(tasks, rewards, strict=True) if reward.reason in FAILURES]
     if len(failed) <= max(1, most * len(tasks)):

@@ -16,13 +16,8 @@ from glm4v_jax.errors import DataError
 def read_levels(files: Sequence[str], keys: Collection[str]) -> dict[str, float]:
     """Return the pass rate of each problem that a file has; of several files, of different models, the mean.
 
-    Args:
-      files: as `glm4v train levels` writes them; any with fields "key" and "mean" will do.
-      keys: of all problems.
-
-    Raises:
-      OSError: a file cannot be read.
-      DataError: a line is invalid, or of another problem.
+    Files are as `glm4v train levels` writes them; any with fields "key" and "mean" will do. OSError if one cannot be
+    read, DataError if a line is invalid, or of another problem than those of `keys`.
     """
     known = set(keys)
     found: dict[str, list[float]] = {}

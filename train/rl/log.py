@@ -39,15 +39,7 @@ class RewardLog:
     def add(
         self, step: int, problems: Sequence[Problem], found: CycleResult, curriculum: Curriculum, **more: float
     ) -> None:
-        """Write a step.
-
-        Args:
-          step: its number.
-          problems: that were drawn.
-          found: what became of them.
-          curriculum: after the step.
-          **more: further figures.
-        """
+        """Write a step: its number, what became of the problems that were drawn, the curriculum after it, and more."""
         line: dict[str, Any] = {
             "step": step,
             **found.metrics(),

@@ -80,14 +80,9 @@ class PolicySums(NamedTuple):
 def policy_loss(
     model: Glm4v, hidden: Float[Array, "B T D"], batch: RolloutBatch, objective: Objective, *, chunk: int = CHUNK
 ) -> PolicySums:
-    """Return the loss of a micro-batch.
+    """Return the loss of a micro-batch [B, ...], `hidden` being after the last norm.
 
-    Args:
-      model: for its head.
-      hidden: after the last norm.
-      batch: arrays [B, ...].
-      objective: see there.
-      chunk: tokens of a row whose logits exist at a time.
+    Logits of a `chunk` of each row exist at a time.
     """
 
     def add(

@@ -94,15 +94,8 @@ def measure(
     The draws of a problem depend on its key and the seed alone. Where several processes share the devices, all of them
     call this, and the first one scores and writes.
 
-    Args:
-      levels: the file.
-      problems: of the job.
-      engine: of the checkpoint.
-      score: texts -> rewards, such as `Judges.score`.
-      options: of the generation, see `rollouts.sampling_options`.
-      truncated: see `RLConfig`.
-      seed: of the draws.
-      progress: called with the number of problems that are done, and of all.
+    `score`: texts -> rewards, such as `Judges.score`; `options`: see `rollouts.sampling_options`; `progress` is called
+    with the number of problems that are done, and of all.
     """
     done = levels.done()
     agree("problems that are measured already", hashlib.blake2b(repr(sorted(done)).encode(), digest_size=8).digest())

@@ -64,15 +64,9 @@ def micro_batches(
     A group is kept together where it fits a micro-batch, so that its images are encoded once; one that does not is
     divided. Which answers share a micro-batch changes no number but by rounding.
 
-    Args:
-      groups: of any number; answers from which nothing can be learned take no room.
-      batch: shape of a micro-batch.
-      config: of the model.
-      average: what the loss is an average over, see `train.data.packing.pack`.
-      advantage: see `Group.advantages`.
-
-    Raises:
-      DataError: a prompt with its answer is longer than a row, or its images do not fit the vision rows.
+    `average` is that of `train.data.packing.pack`, `advantage` of `Group.advantages`; answers from which nothing can be
+    learned take no room. DataError if a prompt with its answer is longer than a row, or its images do not fit the
+    vision rows.
     """
     bins: list[list[Answer]] = []
     for part in sorted(_parts(groups, batch, advantage), key=lambda part: -sum(answer.length for answer in part)):

@@ -70,15 +70,10 @@ class Problems(Sequence[Problem]):
     """
 
     def __init__(self, records: Records, domains: Collection[str], fps: float = _FPS):
-        """Read all references.
+        """Read all references; videos that are given as frames without a rate get `fps`.
 
-        Args:
-          records: of files, read by `read_problems`.
-          domains: those that have a verifier. A row without a domain is of the only one.
-          fps: frame rate of videos that are given as frames without one.
-
-        Raises:
-          DataError: rows that cannot be read, have no reference, or are of another domain; by file and row.
+        DataError, by file and row, if rows cannot be read, have no reference, or are of another domain than those that
+        have a verifier; a row without a domain is of the only one.
         """
         self._records, self._fps = records, fps
         self.keys: list[str] = []
@@ -204,14 +199,8 @@ def check_lengths(
 
     Images are not decoded. Problems with a video, or files of other machines, are passed over: those take long.
 
-    Args:
-      problems: of the job.
-      processor: of the model, with the limits of the job.
-      longest: tokens that a prompt may have.
-      progress: called with the number of problems checked, and of all.
-
-    Raises:
-      DataError: prompts are longer, or an image of one cannot be read; by file and row.
+    `progress` is called with the number of problems checked, and of all. DataError if prompts are longer than `longest`
+    tokens, or an image of one cannot be read; by file and row.
     """
     count, faults = TokenCounter(processor), []
     for number, problem in enumerate(problems):
@@ -235,12 +224,7 @@ def check_lengths(
 def answered(row: Mapping[str, Any], columns: Columns | None = None) -> Mapping[str, Any]:
     """Return a row with its reference as the answer of its conversation, where that ends with the question.
 
-    Args:
-      row: of a data file.
-      columns: the names of its fields, of a dataset_info.json.
-
-    Raises:
-      DataError: it has no reference.
+    `columns` are the names of its fields, of a dataset_info.json. DataError if it has no reference.
     """
     text = next((str(row[name]) for name in _REFERENCE if row.get(name) is not None), None)
     names = LISTS if columns is None else (columns.messages,)
@@ -271,16 +255,9 @@ def answered(row: Mapping[str, Any], columns: Columns | None = None) -> Mapping[
 
 
 def reference_of(row: Mapping[str, Any], said: str, record: Record) -> Reference:
-    """Return the reference of a row.
+    """Return the reference of a row, whose conversation ends with `said`; the record has the size of its first image.
 
-    Args:
-      row: as it is in its file.
-      said: the last message of its conversation.
-      record: the conversation, for the size of its first image.
-
-    Raises:
-      DataError: there is none.
-      MediaError: the size of the image is needed, and cannot be read.
+    DataError if there is none; MediaError if the size of the image is needed, and cannot be read.
     """
     item = {name: row[name] for name in _BESIDE if row.get(name) is not None}
     given = next((row[name] for name in ("answer", "solution") if row.get(name) is not None), None)

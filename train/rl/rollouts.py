@@ -85,15 +85,8 @@ def sample(
 ) -> list[Answers]:
     """Sample `config.samples` answers to each prompt, from one prefill.
 
-    Args:
-      engine: with the weights to sample from.
-      prompts: as `Engine.prompt` takes them.
-      config: of the job.
-      seed: answer j to prompt i depends on (seed, i, j) alone, besides the weights.
-      check: called with the number of each prompt and what it is made to; may raise.
-
-    Raises:
-      Glm4vError: a prompt cannot be prepared.
+    Answer j to prompt i depends on (seed, i, j) alone, besides the weights. `check` is called with the number of each
+    prompt and what it is made to; it may raise. Glm4vError if a prompt cannot be prepared.
     """
     options = sampling_options(config, engine.runtime.config) | {"logprobs": 0, "logprobs_of": "sampling"}
     variables = chat_variables({}, engine.config(**options), engine.processor)

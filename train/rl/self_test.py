@@ -32,16 +32,10 @@ def self_test(
     examples: Sequence[Example],
     score: Callable[[Sequence[Task]], list[Reward]],
 ) -> None:
-    """Test the verifiers on the references of a job.
+    """Test the verifiers, by domain, on the references of a job; `score`: texts -> rewards, such as `Judges.score`.
 
-    Args:
-      verifiers: domain -> its verifier.
-      examples: one of each problem.
-      score: texts -> rewards, such as `Judges.score`.
-
-    Raises:
-      DataError: a verifier cannot read a reference, or does not find it right.
-      ConfigError: a verifier pays for wrong answers. Both name the domain and the row.
+    DataError if a verifier cannot read a reference, or does not find it right; ConfigError if it pays for wrong
+    answers. Both name the domain and the row.
     """
     by_domain: dict[str, list[Example]] = {}
     for example in examples:

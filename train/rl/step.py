@@ -62,12 +62,7 @@ class PolicyStep:
         max_grad_norm: float = float("inf"),
         learning_rate: optax.Schedule | None = None,
     ):
-        """Make the programs.
-
-        Args:
-          layout, optimizer, dtype, remat, chunk, max_grad_norm, learning_rate: see `train.step.make_step`.
-          objective: of the loss.
-        """
+        """Make the programs; all arguments but the objective of the loss are those of `train.step.make_step`."""
 
         def sums_of(params: Leaves, frozen: Leaves, batch: RolloutBatch) -> tuple[Array, PolicySums]:
             model, batch = layout.model(params, frozen, dtype), jax.tree.map(lambda x: x[0], batch)

@@ -39,13 +39,7 @@ _CHINESE, _WORD = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]+")
 
 
 class Reward(NamedTuple):
-    """The reward of one answer.
-
-    Attributes:
-      value: from 0 to 1.
-      parsed: what was compared, as JSON can hold it; None where nothing could be.
-      reason: see `Reason`.
-    """
+    """The reward of one answer, from 0 to 1; `parsed` is what was compared, as JSON, None where nothing could be."""
 
     value: float
     parsed: Any
