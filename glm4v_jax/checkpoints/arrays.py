@@ -74,14 +74,8 @@ def array_of(
 def int8_of(leaves: TensorLeaves, path: str, spec: PartitionSpec, inputs: Sequence[int]) -> tuple[Array, Array]:
     """Quantise a leaf of floats as it is read, in a mesh of one CPU device: what is in memory of it are the integers.
 
-    Args:
-      leaves: of the checkpoint.
-      path: of the leaf.
-      spec: its sharding, which is that of one device.
-      inputs: its axes that share a scale.
-
-    Returns:
-      int8 in its shape, and float32 scales [*outputs], as `quantize_kernel` and `quantize_embedding` make them.
+    `inputs` are its axes that share a scale. Returns int8 in its shape, and float32 scales [*outputs], as
+    `quantize_kernel` and `quantize_embedding` make them.
     """
     shape = leaves.infos[path].shape
     outputs = [axis for axis in range(len(shape)) if axis not in inputs]

@@ -37,14 +37,10 @@ def left_of(target: Path) -> Path | None:
 
 
 def check_room(source: Path | None, target: Path, needed: int, *, overwrite: bool, dry_run: bool = False) -> None:
-    """Check that a new directory can be made, before anything is read or written.
+    """Check that a new directory of `needed` bytes can be made from `source`, before anything is read or written.
 
-    Args:
-      source: what the new directory is made from, if anything.
-      target: the new directory.
-      needed: its bytes.
-      overwrite: whether a checkpoint that is there may be replaced; nothing else ever is.
-      dry_run: change nothing; otherwise a checkpoint that a killed process had moved aside gets its name back.
+    `overwrite`: a checkpoint that is there may be replaced; nothing else ever is. Without `dry_run` one that a killed
+    process had moved aside gets its name back.
 
     Raises:
       CheckpointError: something is there and may not be replaced; the target is the source, in it, or around it, or
@@ -105,14 +101,8 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a directory to fill, which gets its name, and replaces what had it, when the body is done.
 
     Until then it is called `.NAME.unfinished`. Any error in the body removes it; what a killed process left is removed
-    by the next one that writes the same directory.
-
-    Args:
-      target: the name; its parents are made.
-      overwrite: whether a checkpoint may be there; it stays until the new directory is complete.
-
-    Raises:
-      CheckpointError: another process is writing it, or the disk is full.
+    by the next one that writes the same directory. Parents are made; with `overwrite` a checkpoint may be there, which
+    stays until the new directory is complete. CheckpointError if another process is writing it, or the disk is full.
     """
     target = place_of(target)
     unfinished, replaced = _beside(target, _UNFINISHED), _beside(target, _REPLACED)

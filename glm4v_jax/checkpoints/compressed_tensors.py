@@ -106,14 +106,7 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class QuantizedWeight:
-    """A weight of a checkpoint.
-
-    Attributes:
-      files: of the checkpoint.
-      name: of the weight, without the end that names one of its tensors.
-      shape: [out, in].
-      stored: its scheme.
-    """
+    """A weight [out, in] of a checkpoint; its name is without the end that names one of its tensors."""
 
     files: Files
     name: str
@@ -236,16 +229,7 @@ def stored_leaves(config: Glm4vConfig, stored: StoredQuantization, kernels: Coll
 def match(
     config: Glm4vConfig, infos: Mapping[str, TensorInfo], where: str, stored: StoredQuantization | None = None
 ) -> dict[str, hf_mapping.LeafPart]:
-    """Match a checkpoint's tensors against the table.
-
-    Args:
-      config: of the model.
-      infos: name -> shape, dtype and file of every tensor in the checkpoint.
-      where: names the checkpoint in errors.
-      stored: the scheme of the weights that have a scale; None if none may have.
-
-    Returns:
-      Name in the checkpoint -> what it fills, for every tensor that the model needs, in the table's order.
+    """Match a checkpoint's tensors against the table, as `hf_mapping.match` does, and a scheme if weights have a scale.
 
     Raises:
       CheckpointError: see `hf_mapping.match`; or a field of the scheme is not that of the tensors.
@@ -313,14 +297,8 @@ def _told(found: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) ->
 def check_ignored(config: Glm4vConfig, ignored: Sequence[str], quantized: Collection[str], where: str) -> None:
     """Check the layers that a checkpoint says are in floats; warn of those that the model does not have.
 
-    Args:
-      config: of the model.
-      ignored: names, classes and, after "re:", patterns of the beginnings of names.
-      quantized: canonical names of layers in integers.
-      where: names the checkpoint in errors.
-
-    Raises:
-      CheckpointError: one of these is among them.
+    `ignored` are names, classes and, after "re:", patterns of the beginnings of names. CheckpointError if one is among
+    `quantized`, canonical names of layers in integers.
     """
     names = {name.rpartition(".")[0] for name in hf_mapping.wanted(config)} | {"lm_head"}
     names |= {f"{hf_mapping.LAYER_GROUPS[0]}{layer}.eh_proj" for layer in config.text_config.extra_layers}
@@ -352,13 +330,7 @@ def _marks(name: str) -> list[str]:
 
 
 class ExpectedTensors(NamedTuple):
-    """The tensors of a checkpoint, by canonical name.
-
-    Attributes:
-      parts: what each fills.
-      shapes: of each.
-      dtypes: of those for which they are not `hf_mapping.DTYPES`.
-    """
+    """The tensors of a checkpoint, by canonical name; with dtypes where they are not `hf_mapping.DTYPES`."""
 
     parts: dict[str, hf_mapping.LeafPart]
     shapes: dict[str, tuple[int, ...]]
@@ -368,17 +340,9 @@ class ExpectedTensors(NamedTuple):
 def expected_tensors(
     config: Glm4vConfig, quantized: Collection[str], stored: StoredQuantization | None, where: str
 ) -> ExpectedTensors:
-    """Return the tensors of a checkpoint in which some weights are quantised.
+    """Return the tensors of a checkpoint in which some weights, by canonical name, are quantised.
 
-    Args:
-      config: of the model.
-      quantized: canonical names of these weights.
-      stored: their scheme.
-      where: names the checkpoint in errors.
-
-    Raises:
-      CheckpointError: of a kind of weights only some are quantised.
-      ConfigError: a group does not divide a layer's inputs.
+    CheckpointError if of a kind of weights only some are; ConfigError if a group does not divide a layer's inputs.
     """
     sizes, expected = hf_mapping.dimensions(config), ExpectedTensors({}, {}, {})
     for name, part in hf_mapping.wanted(config).items():

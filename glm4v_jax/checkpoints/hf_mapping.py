@@ -313,12 +313,7 @@ def leaf_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
 
 
 def match(config: Glm4vConfig, infos: Mapping[str, TensorInfo], where: str) -> dict[str, LeafPart]:
-    """Match a checkpoint's tensors against the table.
-
-    Args:
-      config: of the model.
-      infos: name -> shape, dtype and file of every tensor in the checkpoint.
-      where: names the checkpoint in errors.
+    """Match a checkpoint's tensors against the table; `where` names the checkpoint in errors.
 
     Returns:
       Name in the checkpoint -> what it fills, for every tensor that the model needs, in the table's order.
@@ -419,13 +414,7 @@ _SHOWN = 8
 def check_depths(config: Glm4vConfig, names: Iterable[str], where: str) -> None:
     """Check the numbers of layers, which name the field that is wrong where a list of their tensors would not.
 
-    Args:
-      config: of the model.
-      names: canonical ones of tensors, or paths of leaves.
-      where: names the checkpoint in errors.
-
-    Raises:
-      CheckpointError: there are other numbers of complete layers.
+    `names` are canonical ones of tensors, or paths of leaves. CheckpointError for other numbers of complete layers.
     """
     counts: dict[str, collections.Counter[int]] = {group: collections.Counter() for group in LAYER_GROUPS}
     for name in names:

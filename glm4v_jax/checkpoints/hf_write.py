@@ -65,12 +65,7 @@ def shard_name(number: int, count: int) -> str:
 def plan_shards(tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> Plan:
     """Distribute tensors over files as transformers does: in order, a new file where the next would not fit.
 
-    Args:
-      tensors: by name.
-      max_shard_size: of a file's tensors, see `parse_size`; a larger tensor gets a file of its own.
-
-    Raises:
-      ConfigError: max_shard_size is not a size.
+    A tensor larger than `max_shard_size` gets a file of its own; ConfigError if that is not a size (`parse_size`).
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # 0.1 s, which loading a model need not take
 
@@ -96,12 +91,10 @@ def write_shards(
     parameters: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the files of a plan, and last their index if the plan has several.
+    """Write the files of a plan into a directory, and last their index if the plan has several.
 
     Args:
-      directory: exists.
       tensors: name -> what to write; each is asked for its values once, when its turn comes.
-      plan: see `plan_shards`.
       metadata: of every file.
       parameters: how many the tensors hold, for the index; by default one for each number.
       progress: called with the bytes written so far and in all.
@@ -215,10 +208,7 @@ def save_pretrained(
 def save_config(config: Glm4vConfig, directory: Path, tensors: Mapping[str, Any]) -> None:
     """Write config.json; one that is there already and says the same keeps the fields that only other programs read.
 
-    Args:
-      config: of the model.
-      directory: exists.
-      tensors: name -> what has a dtype and bytes; the dtype of most of the bytes becomes the configuration's.
+    The dtype of most of the tensors' bytes becomes the configuration's.
     """
     try:
         is_there = Glm4vConfig.from_pretrained(directory) == config

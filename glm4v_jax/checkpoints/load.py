@@ -180,13 +180,7 @@ def _doubts(directory: str | Path, adapter: str | Path | None, runtime: Runtime)
 
 
 def _cautions(module: Glm4v, dtype: np.dtype, quantize: QuantConfig | None) -> Iterator[str]:
-    """What a user should know of a model in these numbers.
-
-    Args:
-      module: as it was loaded.
-      dtype: that it computes in.
-      quantize: how it was rounded here; None also for a checkpoint that others quantised.
-    """
+    """What a user should know of a model in these numbers; without `quantize` also of one that others quantised."""
     if dtype == jnp.float16:
         yield "float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32"
     if quantize is not None and quantize.dtype == "int4":

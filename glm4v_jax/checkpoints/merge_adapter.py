@@ -90,17 +90,9 @@ def write_merged(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a merged checkpoint, with the files that the base has beside its weights.
+    """Write a merged checkpoint into an empty directory, with the files that the base has beside its weights.
 
-    Args:
-      base: see `merged_tensors`.
-      tensors: of `merged_tensors`.
-      directory: exists, and is empty.
-      max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
-
-    Raises:
-      ConfigError: max_shard_size is not a size.
-      OSError: the disk refuses.
+    ConfigError if `max_shard_size` is not a size, such as "5GB"; OSError if the disk refuses.
     """
     write_shards(directory, tensors, plan_shards(tensors, max_shard_size))
     copy_assets(base, directory)

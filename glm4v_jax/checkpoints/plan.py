@@ -43,13 +43,8 @@ def abstract_leaves(
 ) -> tuple[dict[str, Any], Any]:
     """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree.
 
-    Args:
-      config: of the model.
-      dtype: of floats.
-      stacked: the layout of the layers.
-      outputs_first: the order of kernels.
-      quantize: the kernels to quantise.
-      leaves: of the checkpoint that is to be read, if some of its kernels are in integers.
+    `dtype` is that of floats, `stacked` and `outputs_first` are the layouts of layers and kernels, and `leaves` are
+    those of the checkpoint that is to be read, if some of its kernels are in integers.
 
     Raises:
       ConfigError: `quantize` fits no layer, or is another scheme than that of the checkpoint's integers; or groups do
@@ -83,11 +78,7 @@ def _maker(
     """A function that makes the model; the same one for the same arguments, so that JAX traces it once for a mesh.
 
     A training job asks for it several times before it starts, and so does a process that loads a model again.
-
-    Args:
-      config, dtype, stacked, outputs_first, quantize: see `abstract_leaves`.
-      stored: of the integers in the checkpoint, if it has some.
-      shapes: path of each kernel in integers, its shape, and that of its scale.
+    `shapes`: path of each kernel in `stored` integers, its shape, and that of its scale; see also `abstract_leaves`.
     """
 
     def make() -> Glm4v:
@@ -149,17 +140,10 @@ def device_bytes(leaves: Iterable[Any]) -> int:
 def check_fits(
     nbytes: int, what: str, place: str, instead: Callable[[], Mapping[str, int]], *, mesh_option: str = "--mesh"
 ) -> None:
-    """Check that this process's devices in the current mesh have room for what is to be loaded.
+    """Check that this process's devices in the current mesh have room for `nbytes` each, which are for `what`.
 
-    Args:
-      nbytes: that each device is to hold.
-      what: they are for.
-      place: starts the message.
-      instead: returns options -> bytes that each device would hold with them.
-      mesh_option: what sets the mesh.
-
-    Raises:
-      MemoryShortageError: they have not; the message has both numbers, and what would fit.
+    `instead` returns options -> bytes that each device would hold with them. MemoryShortageError, whose message starts
+    with `place` and has both numbers, and what would fit.
     """
     mesh = jax.sharding.get_mesh()
     is_host = platform() == "cpu"

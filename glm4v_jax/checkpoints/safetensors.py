@@ -68,13 +68,7 @@ Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read.
-
-    Attributes:
-      shape: the lengths of its dimensions.
-      dtype: of its elements.
-      file: that has it, or once had it; no name where there is none.
-    """
+    """What is known of a tensor before it is read; `file` has it, or once had it, without a name where none does."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -85,11 +85,8 @@ def put_saved(
 ) -> None:
     """Replace modules of a model, in place; rounded to int8 where its own are quantised.
 
-    Args:
-      model: in its mesh; an abstract one gets abstract leaves.
-      modules: names in `lora.MODULES_TO_SAVE`.
-      tensors: canonical name -> tensor, of all of them.
-      keep_dtype: keep the tensors' dtypes, for training, where the model's own are floats of others.
+    `modules` are names in `lora.MODULES_TO_SAVE`, `tensors` canonical name -> tensor of all of them; an abstract model
+    gets abstract leaves. `keep_dtype`: the tensors' own, for training, where the model's are floats of others.
     """
     model.modules_to_save = tuple(modules)
     sizes, shapes = hf_mapping.dimensions(model.config), hf_mapping.leaf_shapes(model.config)

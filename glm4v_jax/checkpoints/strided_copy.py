@@ -29,12 +29,9 @@ def convert(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def copy(target: np.ndarray, source: np.ndarray, write: Write = convert) -> None:
-    """Compute `target[...] = source`, fast also for arrays in different orders of axes.
+    """Compute `target[...] = source`, of one shape, fast also for arrays in different orders of axes.
 
-    Args:
-      target: where to write.
-      source: of the same shape.
-      write: writes a part of `source` into one of `target`; by default converts it to the dtype.
+    `write` writes a part of `source` into one of `target`; by default it converts to the dtype.
     """
     if source.dtype == target.dtype and source.dtype.kind == "V" and write is convert:
         # The bits of bfloat16 as integers: NumPy vectorises copies of its own dtypes only.

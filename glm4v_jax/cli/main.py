@@ -51,13 +51,9 @@ DESCRIPTION = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command; `arguments` are those of this process by default.
 
-    Args:
-      arguments: what follows the program's name; those of this process by default.
-
-    Returns:
-      The exit status, see `run_program`; 2 after one line that says why `convert`, `train` or `eval` is missing.
+    Returns the exit status, see `run_program`; 2 after one line that says why `convert`, `train` or `eval` is missing.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     # The others stand on this package and not the other way round.

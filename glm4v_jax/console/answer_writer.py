@@ -132,14 +132,7 @@ class Stopwatch:
 
 
 def figures(completion: "Completion", counts: "Counts", times: AnswerTimes, reused: int = 0) -> str:
-    """A line of counts of tokens and times.
-
-    Args:
-      completion: the answer.
-      counts: of its tokens.
-      times: of it.
-      reused: tokens of the prompt that were in the KV cache.
-    """
+    """A line of counts of an answer's tokens and times; `reused` tokens of the prompt were in the KV cache."""
     cached = f" ({reused} from the cache)" if reused else ""
     kinds = f" ({counts})" if counts.thought else ""
     compiled = f" ({times.compiled:.1f} s compiling)" if times.compiled > _SHOWN_COMPILE_SECONDS else ""

@@ -62,16 +62,8 @@ def check_alone(command: str) -> None:
 def joined(options: DistributedOptions | None, prog: str, status: int = 1, *, debug: bool = False) -> Iterator[None]:
     """Run the body, a command, together with the other processes that run it.
 
-    An error in one of them ends all, with its message; only the first prints.
-
-    Args:
-      options: of the command; None for one that runs in one process.
-      prog: the program's name in messages.
-      status: of this process after an error.
-      debug: print tracebacks, and what native code prints.
-
-    Raises:
-      ConfigError: the options are contradictory, or the others cannot be reached.
+    An error in one of them ends all, with its message; only the first prints. `status` is that of this process after an
+    error. ConfigError if the options are contradictory, or the others cannot be reached.
     """
     if options is None or not options.is_one_of_several:
         yield

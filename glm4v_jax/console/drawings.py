@@ -17,16 +17,12 @@ SOFTWARE = "glm4v"
 
 
 def check_png(option: str, out: str, files: Sequence[str] = (), *, overwrite: bool | None = None) -> None:
-    """Check the path of a drawing before anything slow begins.
+    """Check the path of a drawing before anything slow begins; `option` names it in errors.
 
-    Args:
-      option: names the path in errors.
-      out: the path.
-      files: that are read.
-      overwrite: whether any file may be replaced; None where the command has no such option.
+    `overwrite`: whether any file may be replaced; None where the command has no such option.
 
     Raises:
-      MediaError: it does not end in .png, or is one of the files.
+      MediaError: it does not end in .png, or is one of the files that are read.
       OSError: its directory does not exist, or a file that is not a drawing has its name.
     """
     path = pathlib.Path(out)

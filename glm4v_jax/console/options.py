@@ -129,14 +129,9 @@ class ModelOptions:
             check_text(self.mesh)
 
     def placed(self, config: "Glm4vConfig", default: str | None = None) -> "Mesh | None":
-        """The mesh of these devices that is asked for.
+        """The mesh of these devices that is asked for, or `default` where no option names one.
 
-        Args:
-          config: of the model.
-          default: the mesh where no option names one.
-
-        Raises:
-          ConfigError: it needs more devices than there are, or does not divide the model.
+        ConfigError if it needs more devices than there are, or does not divide the model.
         """
         asked = self.mesh or default
         if asked is None:
@@ -309,11 +304,8 @@ class SamplingOptions:
     def given(self, default_new_tokens: int | None = 128) -> dict[str, Any]:
         """The options that were given, as fields of `GenerationConfig`, without those of the preset.
 
-        Args:
-          default_new_tokens: `max_new_tokens` where neither it nor a preset that has one was given.
-
-        Raises:
-          GenerationError: options exclude each other, or there is no such preset.
+        The default of `max_new_tokens` is for presets without it. GenerationError if options exclude each other, or
+        there is no such preset.
         """
         if self.greedy and self.do_sample:
             raise GenerationError("--greedy: found with --do-sample; expected one of the two")
@@ -401,12 +393,7 @@ def generation_config(directory: str, preset_name: str | None, options: Mapping[
 def find_model(name: str, field: str = "--model") -> str:
     """Find the directory of a model, before anything slow begins; see `model_directory`.
 
-    Args:
-      name: of a directory, or of a model in the local Hugging Face cache.
-      field: the option or field that names it, in errors.
-
-    Raises:
-      CheckpointError: there is none, or it holds something else than a model.
+    CheckpointError, which names `field`, if there is none, or it holds something else than a model.
     """
     is_default = field == "--model" and name and name == os.environ.get(MODEL)
     with naming(f"${MODEL}" if is_default else field, CheckpointError):
@@ -443,15 +430,9 @@ def check_adapter(directory: str) -> None:
 
 
 def check_files(option: str, places: Iterable[str], *, directories: bool = False) -> None:
-    """Check that files exist, before anything slow begins.
+    """Check that files exist, before anything slow begins; addresses are not checked.
 
-    Args:
-      option: names them in errors.
-      places: paths, and addresses, which are not checked.
-      directories: whether a path may be a directory, as that of a video's frames.
-
-    Raises:
-      MediaError: some do not; the message names all of them.
+    MediaError, which names `option`, for all that do not; `directories` count, as those of a video's frames.
     """
     from glm4v_jax.inputs.media.fetch import is_address
 

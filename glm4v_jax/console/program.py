@@ -64,14 +64,7 @@ class Command(Protocol):
         """What `run` is called in: drops everything but answers and errors where that was asked for."""
 
     def run(self) -> int | None:
-        """Do the work.
-
-        Returns:
-          The exit status; None for 0.
-
-        Raises:
-          Glm4vError, OSError: what the user can mend.
-        """
+        """Do the work; return the exit status, None for 0. Glm4vError and OSError are what the user can mend."""
 
     def interrupted(self) -> str | None:
         """What to print after Ctrl-C, if there is more to say than that."""
@@ -188,17 +181,9 @@ def parse(
     description: str,
     others: Mapping[str, str] | None = None,
 ) -> Command:
-    """Find the command that the arguments ask for, with its options.
+    """Find the command that the arguments ask for, with its options; see `run_program`.
 
-    Args:
-      commands: name -> dataclass.
-      arguments: what follows the program's name.
-      prog: the program's name in help and errors.
-      description: of the program, in help.
-      others: name -> description of commands that are listed in help, and handled elsewhere.
-
-    Raises:
-      SystemExit: with status 0 for help, and 2 for unknown commands and options.
+    SystemExit with status 0 for help, and 2 for unknown commands and options.
     """
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     descriptions = {name: _first_line(command) for name, command in commands.items()} | dict(others or {})
@@ -223,13 +208,8 @@ def parse(
 def print_completion(tables: Mapping[str, Any], arguments: Sequence[str], prog: str) -> NoReturn:
     """Print or write what makes a shell complete commands and options, by tyro's options for that.
 
-    Args:
-      tables: command -> dataclass, or a table of subcommands.
-      arguments: "--tyro-print-completion SHELL", or "--tyro-write-completion SHELL FILE".
-      prog: the program's name.
-
-    Raises:
-      SystemExit: always; with status 2 where the arguments are others than these.
+    `tables`: command -> dataclass, or a table of subcommands. SystemExit always; with status 2 where the arguments are
+    others than "--tyro-print-completion SHELL", or "--tyro-write-completion SHELL FILE".
     """
     if not any(map(len, arguments[1:])):
         print(f"{prog}: error: {arguments[0]}: found no shell; expected bash or zsh", file=sys.stderr)
@@ -296,13 +276,9 @@ def _options(options: Any) -> Iterator[str]:
 
 
 def find_program(name: str) -> Any:
-    """Find a program beside this package: its module, with `main` and `COMMANDS`.
+    """Find a program beside this package, one of `PROGRAMS`: its module, with `main` and `COMMANDS`.
 
-    Args:
-      name: one of `PROGRAMS`.
-
-    Raises:
-      ConfigError: packages of its extra are missing, or something else has its name.
+    ConfigError if packages of its extra are missing, or something else has its name.
     """
     found = importlib.util.find_spec(name)
     # Not imported to find out: somebody's script would run.

@@ -57,13 +57,7 @@ class Progress:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Set up; nothing is shown yet.
-
-        Args:
-          description: of the job, as "converting".
-          unit: what is counted, in the plural; "bytes" are shown in kB, MB and GB.
-          clock: seconds.
-        """
+        """Set up, to count units such as "bytes", which are shown in kB, MB and GB; nothing is shown yet."""
         self._description, self._unit, self._clock = description, unit, clock
         self._doing = ""
         self._initial: int | None = None
@@ -89,13 +83,9 @@ class Progress:
             self._bar = None
 
     def update(self, done: int, total: int, tokens: int = 0, compiled: float = 0.0) -> None:
-        """Show how far the job is.
+        """Show how far the job is: `done` of `total` units, those of an earlier run included.
 
-        Args:
-          done: units so far, those of an earlier run included.
-          total: units in all.
-          tokens: generated since the last call.
-          compiled: seconds that went into compilation so far.
+        `tokens` were generated since the last call, `compiled` seconds went into compilation so far.
         """
         now = self._clock()
         self._last, self._compiled, self._doing = (done, total), compiled, ""
@@ -216,12 +206,9 @@ class Programs:
     """
 
     def __init__(self, expected: Mapping[str, str], show: Callable[[str], None], otherwise: str = ""):
-        """Expect these.
+        """Expect these: name of a jitted function -> what to call it; others are small, and not counted.
 
-        Args:
-          expected: name of a jitted function -> what to call it; others are small, and not counted.
-          show: called with a text when the compilation of one begins.
-          otherwise: the text for when it has ended.
+        `show` is called with a text when the compilation of one begins, and with `otherwise` when it has ended.
         """
         self._expected, self._show, self._otherwise = expected, show, otherwise
         self._begun, self._is_shown = 0, False

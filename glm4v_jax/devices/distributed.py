@@ -156,16 +156,8 @@ def to_host(tree: Any) -> Any:
 def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | None:
     """Check that all processes were given the same; every one of them calls this at the same place of the program.
 
-    Args:
-      name: of what was given, for the error.
-      digest: of what was given.
-      error: why this process cannot use it.
-
-    Returns:
-      The first of the processes' errors; None if there is none.
-
-    Raises:
-      MessageError: it is not the same in all of them.
+    `name` and `digest` are of what was given, `error` is why this process cannot use it. Returns the first of the
+    processes' errors; MessageError if what they were given is not the same in all of them.
     """
     if not several():
         return error

@@ -54,12 +54,9 @@ def watch() -> None:
 
 
 def fail(message: str, status: int = 1, *, is_reported: bool = False) -> NoReturn:
-    """End all processes with a message, which names this one in the others.
+    """End all processes with a message, which names this one in the others, whose status is 1.
 
-    Args:
-      message: what is wrong.
-      status: of this process; the others' is 1.
-      is_reported: the message has been reported in this process.
+    `is_reported`: the message has been reported in this process.
     """
     index = coordination.process_index()
     if index > 0:

@@ -31,13 +31,7 @@ _UNLIMITED = 1 << 60
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Memory of one kind.
-
-    Attributes:
-      place: what it belongs to, in words.
-      free: bytes that can still be allocated.
-      total: bytes in all, if known.
-    """
+    """Memory that belongs to a place, in words: bytes that can still be allocated, and in all, if known."""
 
     place: str
     free: int
@@ -94,16 +88,10 @@ def memory_of(devices: Sequence["jax.Device"], read: Read = read_file) -> list[M
 def check_memory(
     needed: int, what: str, memories: Iterable[Memory], advice: Callable[[Memory], str] | None = None
 ) -> None:
-    """Check that memory has room, before anything is allocated; not where $GLM4V_MEMORY_CHECK is 0.
+    """Check that each of some memories has room for the bytes needed for `what`, before anything is allocated.
 
-    Args:
-      needed: bytes.
-      what: what they are for.
-      memories: all of which must have room.
-      advice: what would fit a memory, in words, or nothing.
-
-    Raises:
-      MemoryShortageError: one of them has not; with both numbers.
+    Not where $GLM4V_MEMORY_CHECK is 0. MemoryShortageError if one has not, with both numbers, and by `advice` what
+    would fit that memory, in words, or nothing.
     """
     if os.environ.get(SWITCH) == "0":
         return

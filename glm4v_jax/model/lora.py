@@ -189,10 +189,7 @@ def fix_magnitudes(model: Glm4v) -> Glm4v:
 def with_dropout(model: Glm4v, key: Array, rate: float) -> Glm4v:
     """Let what adapters see of their inputs drop out at a rate, for a training step; new modules, the same arrays.
 
-    Args:
-      model: with an adapter.
-      key: of this step; every layer gets one of its own.
-      rate: from 0 to 1.
+    Every layer gets a key of its own from that of the step.
     """
     result = jax.tree.map(lambda x: x, model)
     for path, found in linears(result).items():

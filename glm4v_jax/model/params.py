@@ -61,15 +61,9 @@ def kernels(model: Glm4v) -> dict[str, Linear]:
 
 
 def matching_linears(model: Glm4v, pattern: str, field: str) -> dict[str, list[Linear]]:
-    """The linear layers whose whole path fits a regular expression.
+    """The linear layers whose whole path fits a regular expression, which the user calls `field`.
 
-    Args:
-      model: see `linears`.
-      pattern: the regular expression.
-      field: what the user calls it, for the error.
-
-    Raises:
-      ConfigError: none fits.
+    ConfigError if none fits.
     """
     every = linears(model)
     found = {path: layers for path, layers in every.items() if re.fullmatch(pattern, path)}

@@ -302,14 +302,9 @@ def _scales(values: Float[Array, "..."], over: tuple[int, ...], dtype: str) -> F
 
 
 def check_finite(scales: Mapping[str, Array], where: str) -> None:
-    """Check that all kernels were finite before they were quantised.
+    """Raise a CheckpointError, which names `where`, unless all kernels were finite before they were quantised.
 
-    Args:
-      scales: path of a scale -> its values.
-      where: names the checkpoint in the error.
-
-    Raises:
-      CheckpointError: some were not.
+    `scales`: path of a scale -> its values.
     """
     found = _are_finite(dict(scales))
     if wrong := [kernel_path(path) for path, is_finite in found.items() if not np.asarray(is_finite)]:

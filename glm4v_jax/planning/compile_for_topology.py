@@ -275,12 +275,9 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str, *, loop: int, large: int = LARGE) -> Traffic:
-    """Read what a program moves from the text of its optimised HLO.
+    """Read what a program moves from the text of its optimised HLO; copies of fewer than `large` bytes do not count.
 
-    Args:
-      text: of the module.
-      loop: number of nested loops around an instruction that runs once per layer.
-      large: copies of fewer bytes do not count.
+    `loop`: number of nested loops around an instruction that runs once per layer.
     """
     collectives: dict[str, tuple[int, int]] = {}
     copies, received, cycles = [], 0.0, 0
@@ -305,18 +302,10 @@ def compile_for(
     large: int = LARGE,
     **sizes: int,
 ) -> Compiled:
-    """Compile a program for a slice.
+    """Compile a program for a slice and a mesh of these sizes; copies of fewer than `large` bytes do not count.
 
-    Args:
-      program: to compile.
-      config: of the model.
-      topology: the slice.
-      quantize: "int8" for weights as `load_runtime` quantises them.
-      large: copies of fewer bytes do not count.
-      sizes: of the mesh.
-
-    Raises:
-      ConfigError: the slice is unknown, or a dimension of the model does not divide by the mesh.
+    `quantize`: "int8" for weights as `load_runtime` quantises them. ConfigError if the slice is unknown, or a dimension
+    of the model does not divide by the mesh.
     """
     mesh = topology_mesh(topology, **sizes)
     chip = SLICES[topology.partition(":")[0]]

@@ -237,13 +237,9 @@ def describe(
 
 
 def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) -> MemoryTable | None:
-    """Find the fewest devices that hold a model by a preset; None if no number of `COUNTS` does.
+    """Find the fewest devices of `memory` bytes that hold a model by a preset; None if no number of `COUNTS` does.
 
-    Args:
-      config: of the model.
-      preset: its name.
-      memory: bytes that a device has.
-      **options: of `describe`.
+    `options` are those of `describe`.
     """
     for number in COUNTS:
         sizes = sizes_for(f"{preset}:{number}", config, memory=memory, scheme=options.get("scheme", "none"))

@@ -112,7 +112,7 @@ def sizes_for(
     *,
     scheme: str = "none",
 ) -> Sizes:
-    """Compute the sizes of the mesh that a text names; no devices are needed.
+    """Compute the sizes of the mesh that a text names, axis -> devices, all axes; no devices are needed.
 
     Args:
       text: a preset's name, one with a number of devices as in "latency:8", or axes as in "fsdp=4,kv=2".
@@ -120,9 +120,6 @@ def sizes_for(
       num_devices: for a preset whose text has no number.
       memory: bytes that a device has, if that is known.
       scheme: of quantised weights.
-
-    Returns:
-      axis -> devices, all axes.
 
     Raises:
       ConfigError: there is no such preset or axis, the number of devices is invalid, or the model does not divide.
@@ -146,16 +143,9 @@ def sizes_for(
 def mesh_for(
     text: str, config: "Glm4vConfig", *, scheme: str = "none", devices: "Sequence[jax.Device] | None" = None
 ) -> "Mesh":
-    """Make the mesh that a text names, of the devices here; a preset takes all of them.
+    """Make the mesh that a text names (see `sizes_for`), of the devices here; a preset takes all of them.
 
-    Args:
-      text: see `sizes_for`.
-      config: of the model.
-      scheme: of quantised weights.
-      devices: all of this process, or of all processes, by default.
-
-    Raises:
-      ConfigError: see `sizes_for`; or there are fewer devices than that.
+    ConfigError as there; or if there are fewer devices than that.
     """
     import jax
 

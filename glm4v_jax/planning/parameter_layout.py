@@ -124,15 +124,9 @@ def misfits(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "none")
 
 
 def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "none") -> None:
-    """Check that a mesh can keep every parameter of a model, before any of them is read.
+    """Check that a mesh of these sizes can keep every parameter of a model, before any of them is read.
 
-    Args:
-      config: of the model.
-      sizes: axis -> devices, all axes.
-      scheme: by which it is quantised.
-
-    Raises:
-      ConfigError: dimensions do not divide by the devices along their mesh axes; the message has all of them.
+    ConfigError, with all dimensions that do not divide by the devices along their mesh axes.
     """
     if found := misfits(config, sizes, scheme):
         raise ConfigError(f"mesh {mesh_text(sizes)}: {'; '.join(found)}")

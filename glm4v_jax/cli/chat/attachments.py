@@ -31,16 +31,9 @@ class Attachment:
 def attach(
     kind: Literal["image", "video"], place: str, processor: "Glm4vProcessor", fps: float | None = None
 ) -> Attachment:
-    """Load an image, or look at a video.
+    """Load an image, or look at a video, which may be a directory of its frames; `place` is a path or address.
 
-    Args:
-      kind: which of the two.
-      place: path or address; of a video also a directory of its frames.
-      processor: of the model.
-      fps: see `MediaOptions`.
-
-    Raises:
-      MediaError: it does not exist, or cannot be read or prepared.
+    MediaError if it does not exist, or cannot be read or prepared.
     """
     from glm4v_jax.inputs.media.fetch import is_address
 

@@ -64,18 +64,9 @@ class Session:
         quiet: bool = False,
         writer: Callable[[], AnswerWriter] = AnswerWriter,
     ):
-        """Begin.
+        """Begin; `options` are fields of `GenerationConfig` that override the preset's.
 
-        Args:
-          engine: generates.
-          model: the name of the model.
-          system: system prompt.
-          preset_name: of the sampling options.
-          options: fields of `GenerationConfig` that override the preset's.
-          default_new_tokens: `max_new_tokens` where neither options nor preset set it.
-          fps: of videos; see `MediaOptions`.
-          quiet: whether `note` prints nothing.
-          writer: makes what shows an answer.
+        `default_new_tokens` is for where neither of them has `max_new_tokens`; `quiet`: `note` prints nothing.
         """
         self.engine, self.model, self.preset, self.options = engine, model, preset_name, dict(options)
         self.conversation = engine.conversation(system)
