@@ -127,15 +127,8 @@ def raise_faults(
 def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str = "") -> None:
     """Check the fields of a dataclass against their annotations, and keep them as these say (lists as tuples).
 
-    To be called first in `__post_init__`, frozen or not.
-
-    Args:
-      instance: of a dataclass; fields that are dataclasses have checked themselves.
-      error: what to raise.
-      prefix: goes before the fields' names.
-
-    Raises:
-      error: all fields that do not fit.
+    To be called first in `__post_init__`, frozen or not; fields that are dataclasses have checked themselves. Raises
+    `error`, for all fields that do not fit, whose names `prefix` goes before.
     """
     cls: Any = type(instance)
     faults, defaults = [], _valid_defaults(cls)

@@ -83,15 +83,9 @@ class SearchState(NamedTuple):
 
 
 def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) -> tuple[Beams, list[Chosen]]:
-    """Search from prompts.
+    """Search from prompts, by row from 0 on; no other rows of the slots are used, which cannot be used again.
 
-    Args:
-      slots: their rows and no others are used; they cannot be used again.
-      starts: row -> its prompt; rows from 0 on.
-      config: of all prompts.
-
-    Returns:
-      The best beams, and what their rows were chosen from, [R, n, ...] of each dispatch; in NumPy.
+    Returns the best beams, and what their rows were chosen from, [R, n, ...] of each dispatch; in NumPy.
     """
     limit = max(start.limit for start in starts.values())
     options = SearchOptions(

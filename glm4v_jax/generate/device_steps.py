@@ -408,14 +408,10 @@ def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
 def store_features(
     pool: Float[Array, "P D"], features: Float[Array, "M U D"], starts: Int[Array, " M"], count: Int[Array, ""]
 ) -> Float[Array, "P D"]:
-    """Write the merged tokens of the first `count` images or videos of a wave into the pool.
+    """Write the merged tokens of the first `count` images or videos of a wave into the pool, which is donated.
 
-    Args:
-      pool: donated.
-      features: as `encode_media.run_wave` returns them; entries after the last token of one are written too, and
-        overwritten by the next.
-      starts: where each begins in the pool; the caller ensures that there is room.
-      count: those after it are padding.
+    What `encode_media.run_wave` returns has entries after the last token of each; they are written too, and overwritten
+    by the next. The caller ensures that there is room from `starts` on.
     """
 
     def write(i: Array, pool: Array) -> Array:

@@ -120,10 +120,8 @@ def chunk_ends(prompt: Prompt, longest: int, whole: int = 0) -> list[int]:
     Each depends on what comes before it alone, so that prompts with a common prefix have its chunks in common. Then
     they have equal keys too, to the last bit: a chunk is always run with the same shapes.
 
-    Args:
-      prompt: the prompt.
-      longest: tokens of a chunk at most.
-      whole: tokens of a prompt up to which it is one chunk, as each chunk reads all weights; it shares all or nothing.
+    One has `longest` tokens at most; a prompt of up to `whole` tokens is one chunk, as each chunk reads all weights: it
+    shares all or nothing.
     """
     if len(prompt) <= whole:
         return []

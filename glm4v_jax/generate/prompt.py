@@ -71,16 +71,10 @@ def is_message(value: Any) -> bool:
 
 
 def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig, **variables: Any) -> Prompt:
-    """Make one prompt ready.
+    """Make one prompt ready; MessageError and MediaError say what is wrong with it.
 
-    Args:
-      prompt: the user's text; or messages, or one message, with `role` and `content`; or a processor's output for one
-        prompt; or what this returns.
-      processor, config: of the model.
-      **variables: for the chat template, such as `tools`; only messages have one.
-
-    Raises:
-      MessageError, MediaError: what is wrong with it.
+    It is the user's text; or messages, or one message, with `role` and `content`; or a processor's output for one
+    prompt; or what this returns. Variables are for the chat template, such as `tools`; only messages have one.
     """
     if isinstance(prompt, Prompt):
         return prompt

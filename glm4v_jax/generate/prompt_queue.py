@@ -29,11 +29,8 @@ class PromptQueue(Generic[T]):
     ):
         """Start preparing.
 
-        Args:
-          prompts: read as they are needed, in the caller's thread.
-          prepare: (number, prompt) -> request; called in other threads.
-          ahead: number of prompts to keep prepared, with their pixels.
-          skip_errors: return a `Failure` for a prompt that cannot be prepared, instead of raising.
+        Prompts are read as they are needed, in the caller's thread; `prepare` is called with number and prompt in
+        others, for `ahead` prompts, whose pixels are kept. `skip_errors`: return a `Failure` instead of raising.
         """
         self._prompts: Iterator[tuple[int, T]] = enumerate(prompts)
         self._prepare, self._ahead, self._skip_errors = prepare, ahead, skip_errors
@@ -62,10 +59,7 @@ class PromptQueue(Generic[T]):
         return [future.result() for future in done if future.exception() is None]
 
     def take(self, *, wait: bool) -> SequenceState | Failure | None:
-        """The next request, or why its prompt failed; None if there are no more, or it is not prepared yet.
-
-        Args:
-          wait: until it is prepared.
+        """The next request, or why its prompt failed; None if there are no more, or, unless `wait`, none is prepared.
 
         Raises:
           Glm4vError, OSError: its prompt cannot be prepared; the message begins with its number.

@@ -41,15 +41,9 @@ class SequenceState:
     ):
         """Create the state of a request that has not started.
 
-        Args:
-          prompt, config: the request.
-          tokenizer, max_position_embeddings, thinking: of the model.
-          index: number of the prompt among others, for the completion.
-          number: number of the row in its request, for sampling.
-          keep: tokens of the prompt that the row's cache holds.
-
-        Raises:
-          GenerationError: prompt and new tokens exceed `max_position_embeddings`, or a grammar is too large.
+        `index` is that of the prompt among others, `number` that of the row in its request, for sampling; the row's
+        cache holds `keep` tokens of the prompt. GenerationError if prompt and new tokens exceed
+        `max_position_embeddings`, or a grammar is too large.
         """
         self.prompt, self.config, self.index = prompt, config, index
         self.tokens: list[int] = []
@@ -148,16 +142,10 @@ class SequenceState:
     def take(
         self, tokens: Sequence[int], done: bool, logprobs: TokenLogprobs | None = None
     ) -> tuple[Delta, Start | None]:
-        """Take the next tokens of the row.
+        """Take the next tokens of the row, with the last of which it may be `done`.
 
-        Args:
-          tokens: in their order.
-          done: whether the row is done with the last of them.
-          logprobs: of the tokens, where they are requested.
-
-        Returns:
-          What is new, with the completion if this ends the sequence; and what the row is restarted with, if the row is
-          done and the sequence is not. A sequence may end (`finish_reason`) while its row is not done.
+        Returns what is new, with the completion if this ends the sequence; and what the row is restarted with, if the
+        row is done and the sequence is not. A sequence may end (`finish_reason`) while its row is not done.
         """
         if self.is_cancelled:
             self.finish_reason = "cancelled"

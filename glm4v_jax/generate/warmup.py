@@ -199,10 +199,7 @@ def warm_slots(
 def time_chunks(slots: Slots, lengths: Sequence[int], config: GenerationConfig) -> int:
     """Find the longest prefill chunk that takes no longer than a stream's period, or than a decode step.
 
-    Args:
-      slots: warm, and free.
-      lengths: of prompts that they are warm for.
-      config: of the requests.
+    The slots are warm for prompts of these lengths, and free.
     """
 
     def seconds(work: Callable[[], Any]) -> float:

@@ -143,13 +143,9 @@ class Block(NamedTuple):
 def _blocks(
     slots: Slots, starts: Mapping[int, Start], num_new: int, ends: Sequence[TokenStops], pace: DispatchSize
 ) -> Iterator[Block]:
-    """Generate, until all rows have ended.
+    """Generate at most `num_new` tokens, until all rows have ended, by `ends` too where there are stop strings.
 
-    Args:
-      slots, starts: all rows begin together, the first at slot 0.
-      num_new: the most new tokens of a row.
-      ends: of each row, where there are stop strings.
-      pace: of the dispatches.
+    All rows begin together, the first at slot 0.
     """
     count, rest = len(starts), list[Block]()
     stopped = np.zeros(slots.num_rows, np.bool_)

@@ -59,14 +59,9 @@ def without_invalid(media: Iterable[Medium]) -> tuple[list[Medium], list[int]]:
 
 
 def media_of(inputs: Mapping[str, Any], config: Glm4vConfig) -> tuple[list[Medium], list[Medium]]:
-    """Return the images and the videos of a processor's output.
+    """Return the images and the videos of a processor's output; it may lack pixel values and grids of either.
 
-    Args:
-      inputs: `pixel_values` with `image_grid_thw`, `pixel_values_videos` with `video_grid_thw`; absent or None without.
-      config: of the model.
-
-    Raises:
-      MessageError: pixel values and grids do not match each other or the model.
+    MessageError if pixel values and grids do not match each other or the model.
     """
     found = []
     for name, grid_name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):

@@ -60,14 +60,8 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
     An option by itself goes to every part that knows it, `size` to images and videos alike; one inside `text_kwargs`,
     `images_kwargs` or `videos_kwargs` goes there only, and one inside `common_kwargs` counts as one by itself.
 
-    Args:
-      options: the keyword arguments of the call.
-
-    Returns:
-      {"text_kwargs": {...}, "images_kwargs": {...}, "videos_kwargs": {...}}, and `return_tensors`: None or "np".
-
-    Raises:
-      ConfigError: an option is given twice for one part, or is one that only torch has, or a group is no dictionary.
+    Returns {"text_kwargs": {...}, "images_kwargs": {...}, "videos_kwargs": {...}}, and `return_tensors`, None or "np".
+    ConfigError if an option is given twice for one part, or is one that only torch has, or a group is no dictionary.
     """
     for group in GROUPS:
         if not isinstance(options.get(group) or {}, Mapping):

@@ -121,15 +121,9 @@ class Prompt:
 def prompts_of(
     inputs: Mapping[str, Any], config: Glm4vConfig, media: tuple[list[Medium], list[Medium]] | None = None
 ) -> list[Prompt]:
-    """Split a processor's output into its prompts.
+    """Split a processor's output into its prompts; `media` are all images and all videos, in place of its own.
 
-    Args:
-      inputs: `input_ids` int [B, T], and if need be mask, pixel values and grids.
-      config: of the model.
-      media: all images and all videos, in place of those of `inputs`.
-
-    Raises:
-      MessageError: a shape is wrong, tokens are outside the vocabulary, or media do not match the tokens.
+    MessageError if a shape is wrong, tokens are outside the vocabulary, or media do not match the tokens.
     """
     if "input_ids" not in inputs:
         raise MessageError(

@@ -196,13 +196,7 @@ class FirstFit:
     """
 
     def __init__(self, rows: int, row_length: int, per_row: int | None = None):
-        """Start with empty rows.
-
-        Args:
-          rows: how many, at least one.
-          row_length: of all of them.
-          per_row: the most items of a row; None is no limit.
-        """
+        """Start with empty rows, at least one; `per_row` is the most items of a row, None is no limit."""
         self._length, self._per_row = row_length, per_row
         self._leaves = 1 << (rows - 1).bit_length()
         self._counts = [0] * rows

@@ -117,12 +117,9 @@ def _video_shapes(cell: int, low: int, high: int, frames: int | None, shards: in
 
 
 def waves_of(media: Iterable[Medium], shards: int, most: Callable[[Shape], int] | None = None) -> list[Wave]:
-    """Group images and videos into waves of one shape, in the order of the first of each.
+    """Group images and videos, none twice, into waves of one shape, in the order of the first of each.
 
-    Args:
-      media: in any order, none twice.
-      shards: of the rows.
-      most: how many of a shape a wave takes, where it is less than `wave_size`.
+    `shards` are those of the rows; `most` says how many of a shape a wave takes, where it is less than `wave_size`.
     """
     order: dict[Medium, int] = {}
     by_shape: dict[Shape, list[Medium]] = {}

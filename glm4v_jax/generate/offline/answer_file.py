@@ -22,13 +22,8 @@ from glm4v_jax.files import naming_file, replacing, to_json
 def open_answers(open_file: Callable[[], "AnswerFile"], keys: Mapping[int | str, str]) -> "AnswerFile":
     """Open the file of answers: in several processes the first one opens and writes it, and shares what is done.
 
-    Args:
-      open_file: opens it.
-      keys: name -> digest of what is asked, for all prompts.
-
-    Raises:
-      OSError, GenerationError: what `open_file` raises.
-      MessageError: another process has other keys.
+    `keys`: name -> digest of what is asked, for all prompts. MessageError if another process has other keys; and what
+    `open_file` raises.
     """
     from glm4v_jax.devices.distributed import agree, has_joined, is_first, shared
 

@@ -125,12 +125,9 @@ class PromptBatch:
         keep_others: bool = False,
         things: str = "prompts",
     ):
-        """Put a batch together.
+        """Put a batch together, of prompts with distinct names.
 
         Args:
-          prompts: with distinct names.
-          out: the file for the answers.
-          config: for all of them.
           directories: that of the checkpoint, and that of its adapter if it has one; answers of others are not resumed.
           dtype: the options for the numbers of the weights; the same holds for them.
           name_field: the field of a line for its prompt's name.
@@ -157,11 +154,7 @@ class PromptBatch:
     ) -> BatchSummary:
         """Answer what has not been answered; write each answer when it is complete.
 
-        Args:
-          processor: of the model.
-          load: returns the engine; called if there is something to answer.
-          progress: is updated, and logs failures.
-          restart: empty the file instead of resuming.
+        The engine is loaded if there is something to answer; `restart` empties the file instead of resuming.
 
         Raises:
           OSError, GenerationError: see `AnswerFile`; before the weights are loaded.

@@ -31,12 +31,7 @@ def channel_format(value: Any, name: str) -> str | None:
 def infer_channel_format(shape: Sequence[int], num_channels: tuple[int, ...] = (1, 3)) -> str:
     """Where the channels are, as the reference guesses: the first axis of an image that can be one, then the last.
 
-    Args:
-        shape: [C, H, W], [H, W, C], or the same after a frame axis.
-        num_channels: how many channels there can be.
-
-    Raises:
-        MediaError: neither axis can be the channels.
+    The shape may have a frame axis before these. MediaError if neither can be the channels.
     """
     if len(shape) not in (3, 4):
         raise MediaError(f"Unsupported number of image dimensions: {len(shape)}")
@@ -51,17 +46,9 @@ def infer_channel_format(shape: Sequence[int], num_channels: tuple[int, ...] = (
 
 
 def to_channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """View an image or video with its channels last.
+    """View an image or video [..., C, H, W], [..., H, W, C] or [H, W], which has one channel, as [..., H, W, C].
 
-    Args:
-        array: [..., C, H, W] or [..., H, W, C]; or [H, W], which has one channel.
-        input_data_format: the order, or None to guess it.
-
-    Returns:
-        [..., H, W, C].
-
-    Raises:
-        MediaError: the array has no pixels, or the order cannot be guessed.
+    None guesses the order. MediaError if the array has no pixels, or the order cannot be guessed.
     """
     if array.size == 0:
         raise MediaError(f"array of shape {array.shape} has no pixels")

@@ -81,12 +81,7 @@ def check_is_video(head: bytes, source: Path | bytes) -> None:
 def kind_of_file(source: Path | bytes, head: bytes | None = None) -> str | None:
     """Say what a file is, by how it begins: "a video", "text", ...; None where that does not show it.
 
-    Args:
-        source: a file, or its content.
-        head: its beginning, where that has been read.
-
-    Raises:
-        OSError: it cannot be read.
+    `head` is its beginning, where that has been read. OSError if it cannot be read.
     """
     head = head_of(source) if head is None else head
     if not head:

@@ -267,14 +267,9 @@ def file_url_path(url: str) -> Path:
 def open_source(
     source: str | os.PathLike[str] | bytes | bytearray | memoryview, *, max_bytes: int = MAX_DOWNLOAD_BYTES
 ) -> Path | bytes:
-    """Resolve a source to a local path or to bytes in memory.
+    """Resolve a source, a path, `file://` or http(s) address, data URL, base64 text, or bytes, to a path or to bytes.
 
-    Args:
-        source: path, `file://` or http(s) address, data URL, base64 text, or bytes.
-        max_bytes: limit for a download, and for a pipe.
-
-    Raises:
-        MediaError: the source cannot be found, fetched or decoded, or passes the limit; the message names it.
+    MediaError, which names it, if it cannot be found, fetched or decoded, or passes the limit of a download or a pipe.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)

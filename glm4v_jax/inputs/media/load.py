@@ -189,16 +189,10 @@ def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
 
 
 def open_image(source: Any) -> PIL.Image.Image:
-    """Open an encoded image without decoding it.
+    """Open an encoded image, which is read when it is first used.
 
-    Args:
-        source: path, `file://` or http(s) address, base64 data URL, base64 text, or the bytes of a file.
-
-    Returns:
-        A Pillow image that reads its file when it is first used.
-
-    Raises:
-        MediaError: the image cannot be found, fetched or read, or is too large; the message names it, and says why.
+    A source is a path, `file://` or http(s) address, base64 data URL, base64 text, or the bytes of a file. MediaError,
+    which names it, if the image cannot be found, fetched or read, or is too large.
     """
     name = describe(source)
     opened = open_source(source, max_bytes=MAX_IMAGE_BYTES)

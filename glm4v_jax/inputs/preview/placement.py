@@ -60,16 +60,9 @@ class PlacedPrompt:
 
 
 def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str | None = None) -> PlacedPrompt:
-    """The prompt that asks about images and videos, as the engine makes it.
+    """The prompt that asks about images and videos in their order, as the engine makes it, with a question or none.
 
-    Args:
-      seen: what is asked about, in its order.
-      processor: of the checkpoint.
-      text: the question; None for none.
-
-    Raises:
-      MessageError: the text is not valid Unicode.
-      CheckpointError: there is no chat template.
+    MessageError if the text is not valid Unicode; CheckpointError if there is no chat template.
     """
     content: list[dict[str, Any]] = [
         # The template asks for the type alone; the place is for its checks.

@@ -119,16 +119,10 @@ class Seen:
 
 
 def look(source: str | Path | bytes, processor: Glm4vProcessor, kind: Kind | None = None) -> Seen:
-    """Prepare an image or a video, and read back what the model will see.
+    """Prepare an image or a video, of a path, an address or bytes, and read back what the model will see.
 
-    Args:
-      source: a path, an http(s), file or data address, or the bytes of a file.
-      processor: of the checkpoint.
-      kind: what to take it for. By default, what the file is: an animated GIF, PNG or WebP is a video, as is a
-        directory of images.
-
-    Raises:
-      MediaError: it is neither, cannot be read, or cannot be prepared; the message names it.
+    By default it is taken for what the file is: an animated GIF, PNG or WebP is a video, as is a directory of images.
+    MediaError, which names it, if it is neither, cannot be read, or cannot be prepared.
     """
     name = describe(source)
     if is_missing_path(source):
@@ -192,18 +186,10 @@ def _see(opened: Path | bytes, kind: Kind, processor: Glm4vProcessor, name: str)
 
 
 def read_back(patches: np.ndarray, grid_thw: Sequence[int], settings: Mapping[str, Any]) -> np.ndarray:
-    """The images that patches were cut from: `patches.write_frame` backwards.
+    """The images that patches were cut from, of one image or video: `patches.write_frame` backwards.
 
-    Args:
-      patches: [t*h*w, C*F*p*p] float32, of one image or video; C is 1 or 3.
-      grid_thw: (t, h, w), in patches.
-      settings: of the processor, resolved.
-
-    Returns:
-      [t, F, H, W, 3] uint8; exact where the processor was given bytes, as it is when it reads files.
-
-    Raises:
-      MediaError: the patches have another number of channels.
+    Patches are [t*h*w, C*F*p*p] float32, C being 1 or 3. Returns [t, F, H, W, 3] uint8, exact where the processor was
+    given bytes, as it is when it reads files. MediaError if the patches have another number of channels.
     """
     t, h, w = grid_thw
     patch, merge, temporal = (settings[name] for name in ("patch_size", "merge_size", "temporal_patch_size"))

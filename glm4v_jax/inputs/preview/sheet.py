@@ -60,15 +60,9 @@ class Card:
 def draw_card(
     title: str, seen: Seen, time_texts: Sequence[str], lines: Sequence[str], warning: str | None, files: int
 ) -> Card:
-    """Draw an image or video.
+    """Draw one of some files, an image or video, with lines under its title and a warning in another colour.
 
-    Args:
-      title: what to write above it.
-      seen: what to draw.
-      time_texts: what the prompt says of each temporal patch of a video.
-      lines: what to write under the title; what the lines of the grid are is added.
-      warning: likewise, in another colour.
-      files: how many there are on the sheet.
+    `time_texts` are what the prompt says of each temporal patch of a video. A line about the grid is added.
     """
     if seen.kind == "video":
         drawing, legend = _draw_video(seen, time_texts)
@@ -97,13 +91,8 @@ def draw_sheet(cards: Sequence[Card]) -> PIL.Image.Image:
 def draw_frames(seen: Seen, longest: int, most: int = MAX_FRAMES) -> tuple[dict[int, PIL.Image.Image], str]:
     """Draw an image, or each frame of a video by itself, between the lines of its tokens.
 
-    Args:
-      seen: what to draw.
-      longest: side of a drawing at most, in pixels.
-      most: temporal patches to draw, evenly spread.
-
-    Returns:
-      Number of the temporal patch -> drawing of its first frame; and what the lines are.
+    A side has at most `longest` pixels; at most `most` temporal patches are drawn, evenly spread. Returns the number of
+    the temporal patch -> drawing of its first frame; and what the lines are.
     """
     _, rows, columns = seen.token_grid
     scale = _whole(longest / max(seen.seen_width, seen.seen_height))

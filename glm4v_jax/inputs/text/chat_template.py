@@ -104,15 +104,9 @@ def template_in(config: Mapping[str, Any]) -> str | dict[str, str] | None:
 def choose_template(
     template: str | Mapping[str, str] | None, wanted: str | None = None, *, where: object = "chat_template"
 ) -> str:
-    """The source to render: `wanted` by name or as source, else the default of `template`.
+    """The source to render: `wanted`, a name or a source, else the default of what `load_chat_template` returns.
 
-    Args:
-      template: what `load_chat_template` returns.
-      wanted: a name, or a source.
-      where: the checkpoint, for errors.
-
-    Raises:
-      CheckpointError: there is no template, or several and none is called "default".
+    CheckpointError if there is no template, or several and none is called "default".
     """
     if wanted is not None:
         return template.get(wanted, wanted) if isinstance(template, Mapping) else wanted
@@ -207,10 +201,8 @@ def template_variables(source: str) -> frozenset[str]:
 def render_template(source: str, messages: Sequence[Message], **variables: Any) -> str:
     """Render messages as they are, without any check of them.
 
-    Args:
-      source: the template.
-      messages: what the template sees as `messages`.
-      **variables: what else it sees; `add_generation_prompt`, `tools` and `documents` are False, None, None by default.
+    The template also sees the variables; `add_generation_prompt`, `tools` and `documents` are False, None, None by
+    default.
 
     Raises:
       CheckpointError: the template does not parse.
@@ -233,13 +225,13 @@ def render_conversation(
     where: str = "",
     **variables: Any,
 ) -> str:
-    """The prompt of one conversation.
+    """The prompt of one conversation; see `normalise_messages` for what it may contain.
 
     Args:
-      messages: a conversation; see `normalise_messages` for what it may contain.
+      messages: a conversation.
       source: the chat template.
-      add_generation_prompt: whether the prompt ends where the assistant begins to speak.
-      continue_final_message: whether it ends inside the last message, for the model to continue it.
+      add_generation_prompt: the prompt ends where the assistant begins to speak.
+      continue_final_message: it ends inside the last message, for the model to continue it.
       where: put before the messages of errors, such as "conversation 2, ".
       **variables: what else the template sees.
 

@@ -264,17 +264,11 @@ def _check_item_options(item: Mapping[str, Any], kind: str, source: str, where: 
 
 
 def extract_media(messages: Sequence[Message], source: str, where: str = "") -> tuple[list[Any], list[Any]]:
-    """The images and videos of a conversation, in its order.
+    """The images and videos of a conversation (see `normalise_messages`), in its order.
 
-    Args:
-      messages: a conversation; see `normalise_messages`.
-      source: the chat template.
-      where: put before the messages of errors.
-
-    Returns:
-      The images and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
-      Frames with a field `fps`, and frames in files, have been sampled, and are a `SampledVideo`. What else an item
-      asks for is in a `MediaWithOptions`: `fps` of an encoded video, to be sampled at that rate, and `AREA_OPTIONS`.
+    They are as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames. Frames with a field
+    `fps`, and frames in files, have been sampled, and are a `SampledVideo`. What else an item asks for is in a
+    `MediaWithOptions`: `fps` of an encoded video, to be sampled at that rate, and `AREA_OPTIONS`.
 
     Raises:
       MessageError: the conversation is malformed, a medium has no source, or the rate of frames is not a number.

@@ -31,13 +31,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """What stands for a placeholder.
-
-    Attributes:
-      text: the text to put in its place.
-      num_tokens: the image tokens in it.
-      times: what it says after each frame of a video.
-    """
+    """The text in the place of a placeholder, the image tokens in it, and what it says after each frame of a video."""
 
     text: str
     num_tokens: int
@@ -53,18 +47,10 @@ def expand_image(grid: np.ndarray, merge_size: int, image_token: str) -> Expansi
 def expand_video(
     grid: np.ndarray, metadata: VideoMetadata, merge_size: int, image_token: str, time_text: str = "{whole}"
 ) -> Expansion:
-    """The expansion of a video of grid [3] (t, h, w), in patches.
+    """The expansion of a video of grid [3] (t, h, w), in patches, of which `merge_size` a side make one token.
 
-    Args:
-      grid: temporal patches, rows and columns.
-      metadata: `fps` and `frames_indices` give the times; without `fps` they are those of 24 frames a second, with a
-        warning.
-      merge_size: patches a side that make one token.
-      image_token: frames are images to the model.
-      time_text: what stands after each frame: `{seconds}`, or `{whole}` ones.
-
-    Raises:
-      MediaError: `frames_indices` is unknown.
+    `fps` and `frames_indices` of the metadata give the times; without `fps` they are those of 24 frames a second, with
+    a warning. `time_text` stands after each frame: `{seconds}`, or `{whole}` ones. MediaError without `frames_indices`.
     """
     if metadata.fps is None:
         warnings.warn(
@@ -108,16 +94,10 @@ class Expander:
         }
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[Row], list[np.ndarray]]:
-        """Expand prompts.
+        """Expand B prompts, each a text or a list of words.
 
-        Args:
-          rows: B prompts; each a text, or a list of words.
-
-        Returns:
-          The expanded prompts, and for each the type (1 image, 2 video) of its image tokens in their order, [n] int64.
-
-        Raises:
-          MessageError: more or fewer images or videos than placeholders; the message has both counts.
+        Also returns for each the type (1 image, 2 video) of its image tokens in their order, [n] int64. MessageError,
+        with both counts, for more or fewer images or videos than placeholders.
         """
         self._check_counts(rows)
         pending: dict[str, Iterator[Expansion]] = {token: iter(kind[2]) for token, kind in self._kinds.items()}

@@ -100,16 +100,9 @@ def _resize_lines(lines: np.ndarray, new_size: int, resample: int) -> np.ndarray
 
 
 def resize_bytes(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """Resize an image like `torchvision.transforms.v2.functional.resize(..., antialias=True)` on the CPU.
+    """Resize [H, W, C] uint8 like `torchvision.transforms.v2.functional.resize(..., antialias=True)` on the CPU.
 
-    Args:
-        image: [H, W, C] uint8.
-        height: new rows.
-        width: new columns.
-        resample: one of `FILTERS`: bilinear, bicubic or Lanczos.
-
-    Returns:
-        [height, width, C] uint8.
+    `resample` is one of `FILTERS`: bilinear, bicubic or Lanczos. Returns [height, width, C] uint8.
     """
     rows, columns, channels = image.shape
     if columns != width:

@@ -45,18 +45,9 @@ def resize_as_image(image: np.ndarray | PIL.Image.Image, height: int, width: int
 
     Images in [0, 1] go through 8 bits too, and Pillow weighs the colours of a fourth channel by it as alpha.
 
-    Args:
-        image: [H, W, C], 1 to 4 channels, uint8, or another type with values in [0, 255] or [0, 1]; or the Pillow image
-            itself, which saves two copies.
-        height: new rows.
-        width: new columns.
-        resample: one of `PIL.Image.Resampling`.
-
-    Returns:
-        [height, width, C], uint8, or float32 for an image in [0, 1].
-
-    Raises:
-        MediaError: values outside these ranges, or more than 4 channels.
+    Takes [H, W, C] of 1 to 4 channels, uint8, or another type with values in [0, 255] or [0, 1]; or the Pillow image
+    itself, which saves two copies. Returns [height, width, C], uint8, or float32 for an image in [0, 1]. MediaError for
+    values outside these ranges, or more than 4 channels.
     """
     if isinstance(image, PIL.Image.Image):
         return np.asarray(image.resize((width, height), resample=resample)).reshape(height, width, -1)
@@ -77,14 +68,8 @@ def resize_planes(image: np.ndarray, height: int, width: int, resample: int) -> 
 
     Bytes come out bit for bit as torchvision's (`antialias.resize_bytes`), floats to about 1e-6 of their range.
 
-    Args:
-        image: [H, W, C] of any number of channels.
-        height: new rows.
-        width: new columns.
-        resample: one of `PIL.Image.Resampling`; box and Hamming, which torchvision lacks, are Pillow's.
-
-    Returns:
-        [height, width, C], uint8 for uint8, float32 otherwise, rounded for other whole numbers.
+    Takes [H, W, C] of any number of channels; box and Hamming, which torchvision lacks, are Pillow's. Returns
+    [height, width, C], uint8 for uint8, float32 otherwise, rounded for other whole numbers.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -176,20 +161,10 @@ def _per_channel(value: float | tuple[float, ...], dtype: np.dtype) -> np.ndarra
 def patch_array(
     patches: np.ndarray, grid: Sequence[int], channels: int, temporal: int, patch_size: int, merge_size: int
 ) -> np.ndarray:
-    """View rows of patches by where they come from.
+    """View patches [t*h*w, C*F*p*p] of a grid (t, h, w) by where they come from: [t, h/m, w/m, m, m, C, F, p, p].
 
-    Patches are ordered by merge blocks: the m x m patches that the model will merge follow one another.
-
-    Args:
-        patches: [t*h*w, C*F*p*p], contiguous.
-        grid: (t, h, w), in patches.
-        channels: C.
-        temporal: F.
-        patch_size: p.
-        merge_size: m.
-
-    Returns:
-        A view [t, h/m, w/m, m, m, C, F, p, p].
+    Patches are ordered by merge blocks: the m x m patches that the model will merge follow one another. They must be
+    contiguous.
     """
     t, h, w = grid
     return patches.reshape(
@@ -198,13 +173,9 @@ def patch_array(
 
 
 def write_frame(target: np.ndarray, frame: np.ndarray, normalization: Normalization, slots: Iterable[int]) -> None:
-    """Normalise one frame into the patches of its temporal group.
+    """Normalise a frame [H, W, C] into the patches of its temporal group, [h/m, w/m, m, m, C, F, p, p] float32.
 
-    Args:
-        target: [h/m, w/m, m, m, C, F, p, p] float32, one temporal group of `patch_array`.
-        frame: [H, W, C] with H = h*p and W = w*p.
-        normalization: what to do to the values.
-        slots: the positions in F that show this frame: all for a still image.
+    `slots` are the positions in F that show this frame: all for a still image.
     """
     rows, columns, merge, _, _, _, patch, _ = target.shape
     blocks = frame.reshape(rows, merge, patch, columns, merge, patch, frame.shape[-1])

@@ -97,13 +97,7 @@ def positions_of(tokens: Sequence[int], features: Sequence[Any], config: Glm4vCo
 
 
 def shapes_of(directory: Path, config: Glm4vVisionConfig, vllm_config: Any) -> list[Shape]:
-    """List the shapes of all images and videos that vLLM's processor makes and its scheduler accepts.
-
-    Args:
-      directory: with the files of the processor.
-      config: of the ViT.
-      vllm_config: vLLM's configuration of the engine.
-    """
+    """List the shapes of all images and videos that vLLM's processor makes and its scheduler accepts."""
     processor, media = Glm4vProcessor.from_pretrained(directory), vllm_config.model_config.multimodal_config
     sizes = (media.mm_processor_kwargs or {}).get("size") or {}
     most = vllm_config.scheduler_config.max_num_batched_tokens * config.spatial_merge_size**2

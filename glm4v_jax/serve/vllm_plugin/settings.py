@@ -58,15 +58,7 @@ class VllmSettings:
 
 
 def refuse(vllm_config: Any, mesh: Mesh) -> None:
-    """Refuse options of vLLM that ask for what is not built, all at once.
-
-    Args:
-      vllm_config: vLLM's configuration of the engine.
-      mesh: tpu-inference's mesh.
-
-    Raises:
-      ConfigError: there are such options.
-    """
+    """Raise a ConfigError for all options of vLLM's engine and mesh that ask for what is not built."""
     raise_faults([*_option_faults(vllm_config), *_mesh_faults(mesh)])
 
 
@@ -103,15 +95,7 @@ def _mesh_faults(mesh: Mesh) -> Iterator[str]:
 
 
 def check_heads(config: Glm4vConfig, mesh: Mesh) -> None:
-    """Check that the heads divide by the devices that share them.
-
-    Args:
-      config: of the model.
-      mesh: tpu-inference's mesh.
-
-    Raises:
-      ConfigError: they do not.
-    """
+    """Raise a ConfigError unless the heads divide by the devices of tpu-inference's mesh that share them."""
     devices, heads = mesh.shape.get(_TENSOR_AXIS, 1), config.text_config.num_key_value_heads
     assert heads is not None
     if heads % devices:
@@ -124,16 +108,7 @@ _SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim", "hidden_size"
 
 
 def check_same_model(config: Glm4vConfig, planned: Glm4vConfig, directory: str) -> None:
-    """Check that weights from elsewhere are of the model that vLLM has planned for.
-
-    Args:
-      config: of the weights.
-      planned: what vLLM has read at `--model`.
-      directory: of the weights.
-
-    Raises:
-      ConfigError: they differ in what vLLM relies on.
-    """
+    """Raise a ConfigError unless weights from elsewhere are of the model that vLLM has planned for."""
     found, expected = config.text_config, planned.text_config
     raise_faults(
         [
