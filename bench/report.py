@@ -66,9 +66,28 @@ def machine_facts(*packages: str) -> dict[str, Any]:
     }
 
 
-def verdict(passed: bool) -> str:
-    """One word for the last column of a table."""
-    return "[green]pass[/green]" if passed else "[red]FAIL[/red]"
+def verdict(passed: bool | None) -> str:
+    """One word for the last column of a table; none where there is no aim."""
+    return "" if passed is None else "[green]pass[/green]" if passed else "[red]FAIL[/red]"
+
+
+class Check(NamedTuple):
+    """What was found, the aim, and whether that is met; None where there is no aim."""
+
+    what: str
+    found: Any
+    aim: Any = ""
+    passed: bool | None = None
+
+
+def check_table(title: str, checks: Iterable[Check]) -> Table:
+    """A line for each check."""
+    return Table(title, ("", "found", "aim", ""), [(*check[:3], verdict(check.passed)) for check in checks])
+
+
+def all_pass(checks: Iterable[Check]) -> bool:
+    """Whether every aim is met."""
+    return all(check.passed is not False for check in checks)
 
 
 def spread(ratio: Mapping[str, float]) -> str:

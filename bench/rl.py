@@ -34,6 +34,7 @@ import numpy as np
 import optax
 
 from bench import models, report, turns
+from bench.report import Check
 from bench.turns import TimedTask
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.generation import GenerationConfig
@@ -366,21 +367,20 @@ def tables(figures: dict[str, Any]) -> list[report.Table]:
         for name, ratio in vision["ratios"].items()
     ]
     compiled, is_short = job["compilations_after_the_first_step"], job["handover"] <= job["aim"]
+    ranges = ("{:.3g} to {:.3g}".format(*job[name]) for name in ("groups", "tokens"))
     phases = [
-        ("steps; seconds a step", f"{job['steps']}; {job['seconds_per_step']:.2f}", "", ""),
-        ("groups; tokens an answer", "; ".join("{:.3g} to {:.3g}".format(*job[name]) for name in ("groups", "tokens")),
-         "", ""),
-        ("answers a second of rollout", f"{job['answers_per_second']:.0f}", "", ""),
-        ("samples a second of learning", f"{job['samples_per_second']:.0f}", "", ""),
-        *((name, f"{share:.1%}", "", "") for name, share in job["shares"].items()),
-        ("handover, the median of the steps", f"{job['handover']:.1%}", f"at most {job['aim']:.0%}",
-         report.verdict(is_short)),
-        ("programs compiled after the first step", compiled, 0, report.verdict(not compiled)),
-    ]  # fmt: skip
+        Check("steps; seconds a step", f"{job['steps']}; {job['seconds_per_step']:.2f}"),
+        Check("groups; tokens an answer", "; ".join(ranges)),
+        Check("answers a second of rollout", f"{job['answers_per_second']:.0f}"),
+        Check("samples a second of learning", f"{job['samples_per_second']:.0f}"),
+        *(Check(name, f"{share:.1%}") for name, share in job["shares"].items()),
+        Check("handover, the median of the steps", f"{job['handover']:.1%}", f"at most {job['aim']:.0%}", is_short),
+        Check("programs compiled after the first step", compiled, 0, not compiled),
+    ]
     return [
         report.Table(title, ("", "shared", "each its own", "ceiling", "ratio", "aim", ""), speeds),
         report.Table("encoded by the ViT", ("", "shared", "each its own", "ratio", "aim", ""), encoded),
-        report.Table("a job, and the share of each phase of its steps", ("", "", "aim", ""), phases),
+        report.check_table("a job, and the share of each phase of its steps", phases),
     ]
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import PIL.Image
 
 from bench import models, report, serve_client, turns
+from bench.report import Check
 from bench.serve_client import Answer, Body, Client, closed_loop, message, open_loop
 from glm4v_jax.errors import counted
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -234,20 +235,18 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
         }
 
 
-def targets(found: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """Name, found, aim, and whether it is met."""
-    stall = found["joining"]["ratio"]
-    lines = [
-        (
-            "tokens/s of generate_many's", f"{found['saturation']['ratio']:.0%}", f"{MIN_OF_OFFLINE:.0%}",
-            found["saturation"]["ratio"] >= MIN_OF_OFFLINE,
+def checks(found: dict[str, Any]) -> list[Check]:
+    """The aims of one model."""
+    share, stall = found["saturation"]["ratio"], found["joining"]["ratio"]
+    shared = {name: found["prefixes"][name]["ratio"] for name in ("second turn", "shared image and system prompt")}
+    return [
+        Check("tokens/s of generate_many's", f"{share:.0%}", f"{MIN_OF_OFFLINE:.0%}", share >= MIN_OF_OFFLINE),
+        Check("p99 between tokens while long prompts join", f"{stall:.2f} x", f"{MAX_STALL:.0f} x", stall <= MAX_STALL),
+        *(
+            Check(f"first text, {name}", f"{ratio:.1f} x sooner", f"{MIN_SOONER:.0f} x", ratio >= MIN_SOONER)
+            for name, ratio in shared.items()
         ),
-        ("p99 between tokens while long prompts join", f"{stall:.2f} x", f"{MAX_STALL:.0f} x", stall <= MAX_STALL),
-    ]  # fmt: skip
-    for name in ("second turn", "shared image and system prompt"):
-        sooner = found["prefixes"][name]["ratio"]
-        lines.append((f"first text, {name}", f"{sooner:.1f} x sooner", f"{MIN_SOONER:.0f} x", sooner >= MIN_SOONER))
-    return lines
+    ]
 
 
 def failures(found: dict[str, Any]) -> int:
@@ -275,11 +274,7 @@ def tables(name: str, found: dict[str, Any]) -> list[report.Table]:
             ("load", "requests", "requests/s", "tokens/s", "first p50", "p99", "between p50", "p99", "failed"),
             loads,
         ),
-        report.Table(
-            f"{name}: targets",
-            ("", "found", "target", ""),
-            [(what, value, aim, report.verdict(passed)) for what, value, aim, passed in targets(found)],
-        ),
+        report.check_table(f"{name}: aims", checks(found)),
     ]
 
 
@@ -299,7 +294,7 @@ def main() -> int:
     answered = not any(map(failures, results.values()))
     if arguments.quick:
         return 0 if answered else 1
-    passed = answered and all(passed for found in results.values() for *_, passed in targets(found))
+    passed = answered and all(report.all_pass(checks(found)) for found in results.values())
     if arguments.only:
         return 0 if passed else 1
     machine = report.machine_facts("jax", "numpy", "starlette", "uvicorn")

@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from bench import report, serve_client
+from bench.report import Check
 from bench.serve_client import Answer, Body, Client, Server, message
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
@@ -154,18 +155,17 @@ def run_soak(seconds: float) -> int:
     bodies = requests()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_soak_") as name, options(pathlib.Path(name)) as server:
         found = serve_client.run(lambda client: soak(client, server, bodies, seconds), server)
-    checks = {
-        "answers that are wrong": (found["num_wrong"], 0, not found["num_wrong"]),
-        "growth of memory": (f"{found['growth']:+.1%}", f"{MAX_GROWTH:.0%}", found["growth"] <= MAX_GROWTH),
-        "restarts": (found["restarts"], 0, not found["restarts"]),
-        "compilations": (found["compilations"], 0, not found["compilations"]),
-        "seconds until idle": (f"{found['seconds_until_idle']:.2f}", "1", found["seconds_until_idle"] < 1),
-    }
+    growth, idle = found["growth"], found["seconds_until_idle"]
+    checks = [
+        Check("answers that are wrong", found["num_wrong"], 0, not found["num_wrong"]),
+        Check("growth of memory", f"{growth:+.1%}", f"{MAX_GROWTH:.0%}", growth <= MAX_GROWTH),
+        Check("restarts", found["restarts"], 0, not found["restarts"]),
+        Check("compilations", found["compilations"], 0, not found["compilations"]),
+        Check("seconds until idle", f"{idle:.2f}", "1", idle < 1),
+    ]
     title = f"{found['seconds']:.0f} s: " + ", ".join(f"{count} {kind}" for kind, count in found["counts"].items())
-    rows = [(name, value, aim, report.verdict(passed)) for name, (value, aim, passed) in checks.items()]
-    report.console().print(report.Table(title, ("", "found", "target", ""), rows), *found["wrong"], sep="\n")
-    passed = all(passed for *_, passed in checks.values())
-    return report.finish("serve_soak", {"machine": report.machine_facts("jax"), **found, "passed": passed})
+    figures = {"machine": report.machine_facts("jax"), **found, "passed": report.all_pass(checks)}
+    return report.finish("serve_soak", figures, report.check_table(title, checks), *found["wrong"])
 
 
 async def fault(client: Client, *, server: Server, cause: Cause) -> dict[str, Any]:

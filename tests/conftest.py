@@ -177,13 +177,11 @@ def checkpoints(tmp_path_factory):
     """name -> directory of a tiny checkpoint in Hugging Face layout; see `reference.CONFIGS`."""
     import reference
 
-    directories = {}
-
+    @functools.cache
     def get(name):
-        if name not in directories:
-            directories[name] = tmp_path_factory.mktemp(name)
-            reference.write_checkpoint(name, directories[name])
-        return directories[name]
+        directory = tmp_path_factory.mktemp(name)
+        reference.write_checkpoint(name, directory)
+        return directory
 
     return get
 
@@ -193,14 +191,7 @@ def ours(checkpoints, mesh):
     """name -> our model with the weights of `checkpoints(name)`, layers kept one by one as on every CPU."""
     from glm4v_jax import Glm4vForConditionalGeneration
 
-    models = {}
-
-    def get(name):
-        if name not in models:
-            models[name] = Glm4vForConditionalGeneration.from_pretrained(checkpoints(name))
-        return models[name]
-
-    return get
+    return functools.cache(lambda name: Glm4vForConditionalGeneration.from_pretrained(checkpoints(name)))
 
 
 @pytest.fixture(scope="session")
@@ -210,14 +201,7 @@ def theirs(checkpoints):
     from helpers_transformers import import_transformers
 
     import_transformers()
-    models = {}
-
-    def get(name):
-        if name not in models:
-            models[name] = reference.load_theirs(checkpoints(name))
-        return models[name]
-
-    return get
+    return functools.cache(lambda name: reference.load_theirs(checkpoints(name)))
 
 
 @pytest.fixture(scope="session")
