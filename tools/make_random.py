@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tools import tiny_text
-from tools.tiny_assets import Vocabulary, asset_files, json_bytes, model_config, train_tokenizer
+from tools.tiny_assets import Vocabulary, asset_files, json_bytes, model_config, train_tokenizer, write_files
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parent.parent / "tests" / "random_checkpoint"
 
@@ -213,10 +213,8 @@ def checkpoint_files() -> dict[str, bytes]:
 def main(arguments: list[str]) -> None:
     """Writes the checkpoint to the directory that is named, or to its place among the tests."""
     directory = Path(arguments[0]) if arguments else DEFAULT_DIRECTORY
-    directory.mkdir(parents=True, exist_ok=True)
     files = checkpoint_files()
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
+    write_files(directory, files)
     print(f"{directory}: {len(files)} files, {sum(map(len, files.values())):,} bytes")
 
 

@@ -5,6 +5,7 @@ Names, spellings and the processors' numbers follow the released GLM-4.1V-9B-Thi
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -74,35 +75,41 @@ class Vocabulary:
         return self.id_of("<|endoftext|>")
 
 
+TEXT = {
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "use_cache": True,
+}
+VISION = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "in_channels": 3,
+    "patch_size": 14,
+    "rms_norm_eps": 1e-05,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+"""What the configurations of GLM-4.1V and its siblings have in common."""
+
+
 def model_config(vocabulary: Vocabulary, text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
     """config.json in the spelling of transformers 4.57.1; `text` and `vision` say what the sizes are."""
     text = {
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "dtype": "bfloat16",
+        **TEXT,
         "eos_token_id": vocabulary.eos_ids,
-        "hidden_act": "silu",
         "max_position_embeddings": 65536,
         "pad_token_id": vocabulary.pad_id,
         "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
-        "use_cache": True,
         "vocab_size": vocabulary.rows,
         **text,
     }
-    vision = {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "in_channels": 3,
-        "patch_size": 14,
-        "rms_norm_eps": 1e-05,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        **vision,
-    }
+    vision = VISION | vision
     return {
         "architectures": ["Glm4vForConditionalGeneration"],
         "model_type": "glm4v",
@@ -133,8 +140,8 @@ def generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def processor_config(*, longest_edge: int, **kind: str) -> dict[str, Any]:
-    """preprocessor_config.json or video_preprocessor_config.json of the released checkpoint."""
+def processor_config(*, longest_edge: int = 9633792, **more: Any) -> dict[str, Any]:
+    """preprocessor_config.json or video_preprocessor_config.json of the released checkpoints."""
     return {
         "size": {"shortest_edge": 12544, "longest_edge": longest_edge},
         "do_rescale": True,
@@ -143,8 +150,7 @@ def processor_config(*, longest_edge: int, **kind: str) -> dict[str, Any]:
         "merge_size": 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
-        **kind,
-        "processor_class": "Glm4vProcessor",
+        **more,
     }
 
 
@@ -213,17 +219,25 @@ def json_bytes(content: object) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    """Write files by their names into a directory, which is made if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
 def asset_files(vocabulary: Vocabulary, config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
     """Every file of the checkpoint but its weights: name -> content."""
+    owner = "Glm4vProcessor"
+    image = processor_config(image_processor_type="Glm4vImageProcessor", processor_class=owner)
+    video = processor_config(
+        longest_edge=47040000, video_processor_type="Glm4vVideoProcessor", processor_class=owner
+    )  # fmt: skip
     return {
         "config.json": json_bytes(config),
         "generation_config.json": json_bytes(generation_config(vocabulary)),
-        "preprocessor_config.json": json_bytes(
-            processor_config(longest_edge=9633792, image_processor_type="Glm4vImageProcessor")
-        ),
-        "video_preprocessor_config.json": json_bytes(
-            processor_config(longest_edge=47040000, video_processor_type="Glm4vVideoProcessor")
-        ),
+        "preprocessor_config.json": json_bytes(image),
+        "video_preprocessor_config.json": json_bytes(video),
         "chat_template.jinja": tiny_text.CHAT_TEMPLATE.encode(),
         "tokenizer.json": json_bytes(json.loads(tokenizer.to_str())),
         "tokenizer_config.json": json_bytes(tokenizer_config(vocabulary)),

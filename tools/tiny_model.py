@@ -5,7 +5,7 @@ from pathlib import Path
 from glm4v_jax import Glm4vForConditionalGeneration
 from glm4v_jax.config.model import Glm4vConfig
 from tools import tiny_text
-from tools.tiny_assets import Vocabulary, asset_files, model_config, train_tokenizer
+from tools.tiny_assets import Vocabulary, asset_files, model_config, train_tokenizer, write_files
 
 VOCABULARY = Vocabulary(
     learned=896,
@@ -39,5 +39,4 @@ def write_start(directory: Path, seed: int) -> None:
     config = model_config(VOCABULARY, TEXT, VISION)
     model = Glm4vForConditionalGeneration(Glm4vConfig.from_dict(config), seed=seed, dtype="bfloat16")
     model.save_pretrained(directory)
-    for name, content in asset_files(VOCABULARY, config, train_tokenizer(VOCABULARY)).items():
-        (directory / name).write_bytes(content)
+    write_files(directory, asset_files(VOCABULARY, config, train_tokenizer(VOCABULARY)))

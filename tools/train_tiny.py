@@ -5,25 +5,29 @@ of which everything that is said about it is measured. It takes the place of the
 """
 
 import argparse
+import dataclasses
 import hashlib
+import json
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import rich.console
 
+from bench.page import fill
+from bench.report import ROOT
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from tools.digit_curriculum import DigitRecords
-from tools.digit_scores import table
+from tools.digit_scores import Row, table
 from tools.score_tiny import SLOTS, measure, missed
 from tools.tiny_model import write_start
-from tools.tiny_report import Run, as_json, as_markdown
 from train.config import BatchConfig, CheckpointConfig, DataConfig, TrainConfig
 from train.job import MODEL
 from train.loop import train
@@ -34,7 +38,7 @@ RECORDS_PER_STEP = 33
 """Rather more than are packed into a batch on average: after the last record, the curriculum would restart."""
 DEVICES = 2
 """Two of one core each learn faster than one of two."""
-REPORT = Path(__file__).resolve().parent.parent / "docs" / "tiny.md"
+REPORT = ROOT / "docs" / "tiny.md"
 
 
 def job(start: Path, out: Path, steps: int = STEPS, seed: int = 0) -> TrainConfig:
@@ -66,6 +70,33 @@ def make(out: Path, steps: int, seed: int, log: Callable[[str], None]) -> Path:
     write_start(start, seed)
     train(job(start, out, steps, seed), records=DigitRecords(steps * RECORDS_PER_STEP, seed=seed), log=log)
     return out / MODEL
+
+
+class Run(NamedTuple):
+    """How the model was made.
+
+    steps, seed: of the training.
+    weights: SHA-256 of the checkpoint's weights, whose figures these are.
+    size: of the checkpoint, in bytes.
+    seconds: that "training" and "measuring" took.
+    """
+
+    steps: int
+    seed: int
+    weights: str
+    size: int
+    seconds: Mapping[str, float]
+
+
+def as_json(run: Run, rows: Sequence[Row]) -> str:
+    """The figures."""
+    found = [row._asdict() | {"scores": dataclasses.asdict(row.scores)} for row in rows]
+    return json.dumps(run._asdict() | {"rows": found}, indent=2) + "\n"
+
+
+def as_markdown(run: Run, rows: Sequence[Row]) -> str:
+    """The page about them."""
+    return fill(ROOT / "tools" / "templates" / "tiny.md", run=run, rows=rows, table=table(rows))
 
 
 def package(source: Path, target: Path) -> None:

@@ -10,8 +10,7 @@ from glm4v_jax.tiny.digits import held_out
 from tools.digit_curriculum import CYCLE, DigitRecords
 from tools.digit_scores import Row, Scores
 from tools.score_tiny import flattened, missed, shuffled_frames
-from tools.tiny_report import Run, as_json, as_markdown
-from tools.train_tiny import RECORDS_PER_STEP, job, package
+from tools.train_tiny import RECORDS_PER_STEP, Run, as_json, as_markdown, job, package
 from train.data.packing import Packer
 from train.data.samples import encode
 
