@@ -10,7 +10,6 @@ series on log-log scales, over the larger half of its sizes, is compared with wh
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +20,10 @@ import numpy as np
 from bench import page, report
 from bench.growth_host import Work
 from bench.growth_series import SERIES, TOLERANCE, Series, amount
-from glm4v_jax.files import replacing
 
 RUNS, LEAST_SECONDS = 3, 0.01
 """Runs of which the best counts; a run repeats the work until it has taken so long."""
 TINY_SIZES = 2
-RESULTS = report.RESULTS / "growth.json"
 
 
 def measure(series: Series, sizes: Iterable[int]) -> list[float]:
@@ -106,10 +103,10 @@ def tables(results: Mapping[str, Any]) -> list[report.Table]:
     return [report.Table("growth", columns, rows)]
 
 
-def read(path: Any, machine: Mapping[str, Any]) -> dict[str, Any]:
+def read(machine: Mapping[str, Any]) -> dict[str, Any]:
     """The series that were measured on this machine."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = report.read("growth")
     except FileNotFoundError:
         return {}
     return dict(found["series"]) if found["machine"] == machine else {}
@@ -123,7 +120,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="two small sizes of each; writes nothing")
     arguments = parser.parse_args()
     out, machine = report.console(), report.machine_facts("jax", "numpy")
-    results = {} if arguments.again or arguments.tiny else read(RESULTS, machine)
+    results = {} if arguments.again or arguments.tiny else read(machine)
     for series in SERIES:
         sizes = series.sizes[:TINY_SIZES] if arguments.tiny else series.sizes
         known = results.get(series.key, {}).get("sizes") == list(sizes)
@@ -144,9 +141,7 @@ def main() -> int:
 def _keep(machine: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     kept = {one.key: results[one.key] for one in SERIES if one.key in results}
     passed = all(found["passed"] for found in kept.values())
-    with replacing(RESULTS) as aside:
-        found = {"machine": machine, "series": kept, "passed": passed}
-        aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    report.write("growth", {"machine": machine, "series": kept, "passed": passed})
 
 
 if __name__ == "__main__":

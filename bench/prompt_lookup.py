@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import models, report
+from bench import models, report, turns
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.generate.device_steps import Variant
@@ -72,7 +72,7 @@ def compare(
         answers = [tokens for runs in sides.values() for tokens, *_ in runs]
         seconds = {draft: [seconds for _, seconds, _ in runs[1:]] for draft, runs in sides.items()}
         ratios = [plain / looked_up for plain, looked_up in zip(*seconds.values(), strict=True)]
-        ratio, aim = statistics.median(ratios), AIMS.get(case)
+        judged = turns.judge(ratios, AIMS.get(case))
         speeds = {draft: (new_tokens - 1) / statistics.median(found) for draft, found in seconds.items()}
         equal = all(answer == answers[0] for answer in answers)
         lines.append(
@@ -84,9 +84,8 @@ def compare(
                 "plain_tokens_per_second": speeds[None],
                 "tokens_per_second": speeds[DRAFT],
                 "tokens_per_step": sides[DRAFT][0][2],
-                "ratio": {"median": ratio, "min": min(ratios), "max": max(ratios)},
-                "aim": aim,
-                "passed": equal and (aim is None or ratio >= aim),
+                **judged,
+                "passed": equal and judged["passed"],
             }
         )
     return lines

@@ -14,6 +14,8 @@ import rich.markup
 import rich.table
 import rich.text
 
+from glm4v_jax.files import replacing
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
@@ -117,16 +119,22 @@ def console() -> rich.console.Console:
 
 
 def read(name: str) -> Any:
-    """What `finish` has written as `<name>.json`."""
+    """What `write` has written as `<name>.json`."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def finish(name: str, figures: Mapping[str, Any], *shown: Table | str, directory: pathlib.Path | None = None) -> int:
-    """Print tables and sentences, write `<name>.json` to `RESULTS`; returns the exit status, 1 if an aim is missed."""
+def write(name: str, figures: Mapping[str, Any], directory: pathlib.Path | None = None) -> pathlib.Path:
+    """Write `<name>.json` to `RESULTS`, whole or not at all."""
     directory = directory or RESULTS
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    with replacing(path := directory / f"{name}.json") as aside:
+        aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def finish(name: str, figures: Mapping[str, Any], *shown: Table | str, directory: pathlib.Path | None = None) -> int:
+    """Write figures, print tables and sentences; returns the exit status, 1 if an aim is missed."""
+    path = write(name, figures, directory)
     for each in shown:
         console().print(each)
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

@@ -68,14 +68,17 @@ def compare(ours: Sequence[float], theirs: Sequence[float], amount: float, aim: 
     >>> compare([1, 2, 4], [2, 6, 4], amount=8, aim=2)["ratio"]
     {'median': 2.0, 'min': 1.0, 'max': 3.0}
     """
-    ratio = spread([b / a for a, b in zip(ours, theirs, strict=True)])
     return {
         "ours": spread([amount / seconds for seconds in ours]),
         "theirs": spread([amount / seconds for seconds in theirs]),
-        "ratio": ratio,
-        "aim": aim,
-        "passed": aim is None or ratio["median"] >= aim,
+        **judge([b / a for a, b in zip(ours, theirs, strict=True)], aim),
     }
+
+
+def judge(ratios: Sequence[float], aim: float | None) -> dict[str, Any]:
+    """Ratios of rounds, their aim, and whether the median meets it; `report.judged` shows them."""
+    ratio = spread(ratios)
+    return {"ratio": ratio, "aim": aim, "passed": aim is None or ratio["median"] >= aim}
 
 
 def profiles(
