@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import statistics
@@ -97,7 +96,11 @@ class Evaluator:
         with errors_of_all():
             self._encode(records, encoder)
         # The processes make batches of them together: one that could not read an image would leave the others waiting.
-        agree("the records of eval", _digest(self._samples))
+        # The directories of their files may differ.
+        agree(
+            "the records of eval",
+            [(os.path.basename(one.source), one.input_ids.tobytes(), one.frames.tobytes()) for one in self._samples],
+        )
 
     def _encode(self, records: Sequence[Record], encoder: Encoder) -> None:
         """Encode the records, and find out which of them are questions to answer."""
@@ -234,14 +237,6 @@ def score(metric: str, answer: str, expected: str) -> float:
         raise DataError(f"{metric}: found no answer in {expected!r}; expected one")
     item = {"answer": found, "boxes": [list(box) for box in find_boxes(expected)], "width": 1000, "height": 1000}
     return METRICS[metric].score(answer, item).value
-
-
-def _digest(samples: Sequence[Sample]) -> bytes:
-    """Hash what processes must have in common; the directories of their files may differ."""
-    found = [
-        (os.path.basename(sample.source), sample.input_ids.tobytes(), sample.frames.tobytes()) for sample in samples
-    ]
-    return hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
 
 
 @functools.partial(jax.jit, static_argnames="preference")

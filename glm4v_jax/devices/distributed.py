@@ -7,6 +7,7 @@ process writes text, and what ends one of them ends all (`failure`).
 
 import contextlib
 import functools
+import hashlib
 import json
 import socket
 import sys
@@ -153,15 +154,15 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | None:
+def agree(name: str, given: Any = None, error: str | None = None) -> str | None:
     """Check that all processes were given the same; every one of them calls this at the same place of the program.
 
-    `name` and `digest` are of what was given, `error` is why this process cannot use it. Returns the first of the
-    processes' errors; MessageError if what they were given is not the same in all of them.
+    What was given, which has a name in the error, is compared by its `repr`; `error` is why this process cannot use it.
+    Returns the first of the processes' errors; MessageError if what they were given is not the same in all of them.
     """
     if not several():
         return error
-    everyone = gathered([digest.hex(), error])
+    everyone = gathered([hashlib.blake2b(repr(given).encode(), digest_size=16).hexdigest(), error])
     errors = [(process, error) for process, (_, error) in enumerate(everyone) if error is not None]
     if errors:
         process, message = errors[0]

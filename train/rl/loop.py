@@ -32,7 +32,7 @@ from train.plot import draw_metrics
 from train.preemption import Stopping
 from train.rl.config import RLConfig
 from train.rl.curriculum import Curriculum, Outcome
-from train.rl.cycle import Cycle, CycleResult
+from train.rl.cycle import Cycle
 from train.rl.handover import Handover
 from train.rl.judging import Judges, Task, check_failures, score_shared
 from train.rl.levels import read_levels
@@ -92,7 +92,7 @@ def learn(
             rates = read_levels(config.data.levels, problems.keys)
         job_identity = _identity(config, model_config, problems, rates)
         verifiers = make_verifiers(rl.verifiers, processor.thinking)
-    agree("the job or its problems", hashlib.blake2b(repr(job_identity).encode(), digest_size=16).digest())
+    agree("the job or its problems", job_identity)
     curriculum = Curriculum(
         problems.keys, problems.domains, rl.curriculum, prompts=rl.prompts, seed=config.seed, levels=problems.levels,
         rates=rates,
@@ -212,7 +212,9 @@ class _Steps:
             programs = len(self.compiled)
             drawn = [self.problems[number] for number in self.curriculum.draw(step)]
             state, found = self.cycle(state, drawn, self.score, seed_of(self.config.seed, step), step)
-            self._agree(step, found)
+            # Sampled and scored in all processes alike.
+            both = found.groups, found.learned
+            agree(f"the rewards of step {step}", [[(one.key, one.rewards.tolist()) for one in each] for each in both])
             number += max(len(found.updates), 1)
             if found.updates:
                 self.saver.check_streak(step, int(state.streak), float(found.updates[-1].update.grad_norm))
@@ -237,12 +239,6 @@ class _Steps:
         """
         data = {"step": step, "curriculum": curriculum}
         return self.saver.save(step, state, int(state.streak), data, number)
-
-    def _agree(self, step: int, found: CycleResult) -> None:
-        """Check that all processes have the same rewards, and learn from the same groups."""
-        if several():
-            same = [(group.key, group.rewards.tolist()) for group in (*found.groups, *found.learned)]
-            agree(f"the rewards of step {step}", hashlib.blake2b(repr(same).encode(), digest_size=16).digest())
 
 
 def _identity(config: TrainConfig, model: Glm4vConfig, problems: Problems, rates: dict[str, float]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ beside it keeps other processes out, from before it is read until it is closed.
 """
 
 import errno
-import hashlib
 import json
 import pathlib
 import shutil
@@ -31,11 +30,10 @@ def open_answers(open_file: Callable[[], "AnswerFile"], keys: Mapping[int | str,
         return open_file()
     import numpy as np
 
-    names, asked = list(keys), json.dumps(list(keys.items())).encode()
-    agree("prompts, model and options", hashlib.blake2b(asked, digest_size=16).digest())
+    agree("prompts, model and options", list(keys.items()))
     file = open_file() if is_first() else _UnwrittenAnswers()
-    is_done = shared(np.array([name in file.done for name in names], np.bool_))
-    file.done = {name for name, done in zip(names, is_done.tolist(), strict=True) if done}
+    is_done = shared(np.array([name in file.done for name in keys], np.bool_))
+    file.done = {name for name, done in zip(keys, is_done.tolist(), strict=True) if done}
     return file
 
 
