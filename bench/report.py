@@ -113,9 +113,9 @@ def profile_tables(profiles: Mapping[str, Mapping[str, Sequence[Mapping[str, Any
 
 
 def console() -> rich.console.Console:
-    """Where reports go; wide enough for the tables also where the output is a file."""
+    """Where reports go; in a file, tables are as wide as they are, and no sentence is folded."""
     out = rich.console.Console()
-    return out if out.is_terminal else rich.console.Console(width=140)
+    return out if out.is_terminal else rich.console.Console(width=1000)
 
 
 def read(name: str) -> Any:
