@@ -9,7 +9,6 @@ these cases alone are compiled, and the others keep their lines and their verdic
 Other members of the family run the programs of the 9B but for the base of the rope, which changes no shape.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -176,7 +175,7 @@ def passes(case: tuple[str, Any, str, dict[str, Any]], found: dict[str, Any], me
 
 def main() -> int:
     """Compile every case in a process of its own, print, write; 1 if one does not fit or misses its targets."""
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser = report.parser("bench.aot", __doc__)
     parser.add_argument("--case", type=int, help="compile this one alone and print it as JSON")
     parser.add_argument("--only", default="", help="cases whose description has this in it; others keep their lines")
     parser.add_argument("--accept", action="store_true", help="write the table instead of comparing with it")

@@ -8,7 +8,6 @@ A line fails if it does not fit its chips beside the rest of the model and the p
 than two all-reduces a layer and one of the embedding; and if a step or logits copy weights or pages.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -300,7 +299,7 @@ def passes(line: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Compile every case in a process of its own, print, write; 1 if one misses its targets."""
-    parser = argparse.ArgumentParser(prog="python -m bench.aot_vllm", description=__doc__)
+    parser = report.parser("bench.aot_vllm", __doc__)
     parser.add_argument("--case", type=int, help="compile this one alone and print it as JSON")
     parser.add_argument("--busy", action="store_true", help="record no times, as the machine also does other things")
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ disk, three times for the second `cp`. Writes `bench/results/convert.json`,
 or `convert_full.json` of all of it; exits with status 1 if a limit is not kept.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -156,7 +155,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if a limit is not kept."""
-    parser = argparse.ArgumentParser(prog="python -m bench.convert", description="memory and time of conversions")
+    parser = report.parser("bench.convert", __doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint, at least")
     parser.add_argument("--full", action="store_true", help="the whole 9B, 20.6 GB")
     parser.add_argument("--directory", type=Path, help="where there is room for it twice; a temporary one by default")

@@ -8,7 +8,6 @@ Three figures of the packaged tiny model, for which the device's work is next to
 - a process's start to its first answer, without and with compiled programs from the process before.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -181,7 +180,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
-    argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__).parse_args()
+    report.parser("bench.engine", __doc__).parse_args()
     hosts, slots = [host_time(rows) for rows in (1, SLOTS)], busy_slots()
     figures = {
         "machine": report.machine_facts("jax", "numpy"),

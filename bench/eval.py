@@ -10,7 +10,6 @@ package's tiny one, so much of what is measured is overhead; `bench.cpu_vs_torch
 Prints a table; writes `bench/results/eval.json`; exits with status 1 if the answers differ or the aim is missed.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -128,9 +127,9 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if answers differ or the aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.eval")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", default=str(TINY_CHECKPOINT))
+    parser = report.parser("bench.eval", __doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, in turns")
+    parser.add_argument("--model", default=str(TINY_CHECKPOINT), help="checkpoint that answers")
     arguments = turns.parse(parser, Ours, Theirs)
     load = turns.load_average()
     with turns.start(turns.sides("bench.eval", arguments.threads)) as workers:

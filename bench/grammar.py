@@ -7,7 +7,6 @@ beside others with one, against those of a batch without any; and the tokens per
 `bench/results/grammar.json`; exits with status 1 if a target is missed.
 """
 
-import argparse
 import contextlib
 import pathlib
 import statistics
@@ -93,7 +92,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
-    argparse.ArgumentParser(prog="python -m bench.grammar", description=__doc__).parse_args()
+    report.parser("bench.grammar", __doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_grammar_") as name:
         path = models.write_checkpoint(pathlib.Path(name), models.INFERENCE, processor=True)
         engine = Engine.from_pretrained(path, num_slots=ROWS)

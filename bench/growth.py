@@ -9,7 +9,6 @@ series on log-log scales, over the larger half of its sizes, is compared with wh
 `docs/growth.md` and its chart are written. Exits with status 1 if something grows faster than it should.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,7 +113,7 @@ def read(machine: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Measure what is missing, print, write; 1 if something grows faster than it should."""
-    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__.splitlines()[0])
+    parser = report.parser("bench.growth", __doc__)
     parser.add_argument("--only", default="", help="measure series again whose names contain this")
     parser.add_argument("--again", action="store_true", help="measure all series again")
     parser.add_argument("--tiny", action="store_true", help="two small sizes of each; writes nothing")

@@ -12,7 +12,6 @@ directory. lmms-eval finds the model by its entry point. Prints both scores; wri
 exits with status 1 if they are not equal.
 """
 
-import argparse
 import io
 import json
 import os
@@ -125,9 +124,9 @@ def ours(directory: pathlib.Path, model: str) -> dict[str, Any]:
 
 def main() -> int:
     """Run both, print, write; 1 if the scores differ."""
-    parser = argparse.ArgumentParser(prog="python -m bench.lmms_eval")
+    parser = report.parser("bench.lmms_eval", __doc__)
     parser.add_argument("--python", required=True, help="of an environment with lmms-eval and this package")
-    parser.add_argument("--model", default=str(TINY_CHECKPOINT))
+    parser.add_argument("--model", default=str(TINY_CHECKPOINT), help="checkpoint that answers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = pathlib.Path(temporary)

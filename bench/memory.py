@@ -8,7 +8,6 @@ measurement is a process of its own, run twice: the first fills a cache of compi
 memory would hide the program's. Writes `bench/results/memory.json`; exits with status 1 if the growth is not linear.
 """
 
-import argparse
 import dataclasses
 import sys
 import tempfile
@@ -185,9 +184,9 @@ def _table(figures: Mapping[str, Any]) -> report.Table:
 
 def main() -> int:
     """Measure, print, write; 1 if a growth is not linear."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description="peak memory for n, 2n and 4n")
+    parser = report.parser("bench.memory", __doc__)
     parser.add_argument("--task", choices=list(TASKS), help="do one task in this process and print its peak in bytes")
-    parser.add_argument("--size", type=int)
+    parser.add_argument("--size", type=int, help="of that task")
     arguments = parser.parse_args()
     if arguments.task is not None:
         TASKS[arguments.task](arguments.size)

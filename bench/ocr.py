@@ -15,7 +15,6 @@ can say: what a step costs that verifies a draft, and one of such a layer. Write
 status 1 if a target is missed.
 """
 
-import argparse
 import pathlib
 import shutil
 import statistics
@@ -178,15 +177,22 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ocr", description="GLM-OCR beside transformers 5.24")
+    parser = report.parser("bench.ocr", __doc__)
     parser.add_argument("--theirs-python", default=".venv-5x/bin/python", help="interpreter with transformers 5.24")
     parser.add_argument("--tiny", action="store_true", help="measure the tiny model, to try this program")
     parser.add_argument("--checkpoint", help="a directory that has it already")
     parser.add_argument("--no-int8", action="store_true", help="measure the package in float32 alone")
     parser.add_argument("--bfloat16", action="store_true", help="measure transformers in bfloat16 as well")
-    parser.add_argument("--size", type=int, nargs=2, default=(WIDTH, HEIGHT), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(WIDTH, HEIGHT),
+        metavar=("WIDTH", "HEIGHT"),
+        help="of the page that is read",
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of each side, in turns")
+    parser.add_argument("--threads", type=int, default=2, help="cores of each side")
     parser.add_argument("--name", default="ocr", help="of the file in bench/results")
     parsed = parser.parse_args()
     if shutil.which(parsed.theirs_python) is None:

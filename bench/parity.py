@@ -7,7 +7,6 @@ Inputs of the model are the reference's own, so that a line blames the processor
 `bench/results/parity.json`; exits with status 1 if a line fails.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -334,7 +333,7 @@ def _as_json(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 def main() -> int:
     """Compare, print, write; 1 if a line fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description="number for number like the reference?")
+    parser = report.parser("bench.parity", __doc__)
     parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_parity_") as name:
         directory = pathlib.Path(name)

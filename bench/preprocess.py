@@ -13,7 +13,6 @@ Prints tables; writes `bench/results/preprocess.json` for [Performance](docs/gui
 if an aim is missed or patches differ.
 """  # noqa: E501
 
-import argparse
 import concurrent.futures
 import functools
 import hashlib
@@ -270,8 +269,8 @@ def tables(figures: Mapping[str, Any]) -> Sequence[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.preprocess", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = report.parser("bench.preprocess", __doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, in turns")
     parser.add_argument("--tiny", action="store_true", help="one round of little; writes nothing")
     arguments = turns.parse(parser, Ours, Theirs)
     rounds, count = (1, 2) if arguments.tiny else (arguments.rounds, COUNT)

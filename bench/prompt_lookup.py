@@ -8,7 +8,6 @@ one request at a time, both ways in turns, without prefill. The tokens must be e
 `bench/results/prompt_lookup.json`; exits with status 1 if a target is missed.
 """
 
-import argparse
 import pathlib
 import statistics
 import sys
@@ -108,7 +107,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
-    argparse.ArgumentParser(prog="python -m bench.prompt_lookup", description=__doc__).parse_args()
+    report.parser("bench.prompt_lookup", __doc__).parse_args()
     size = models.INFERENCE["text_config"]["vocab_size"]
     # One cycle through the whole vocabulary: an answer never repeats itself.
     order = np.random.default_rng(0).permutation(size)

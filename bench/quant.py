@@ -9,7 +9,6 @@ llama.cpp's products if pywhispercpp is installed. Writes `bench/results/quant.j
 missed. Before JAX 0.12, targets of speed do not hold.
 """
 
-import argparse
 import pathlib
 import statistics
 import sys
@@ -237,10 +236,10 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quant", description="quantised weights on a CPU")
+    parser = report.parser("bench.quant", __doc__)
     parser.add_argument("--variant", choices=(*VARIANTS, "ggml"), help="answer tasks as this variant")
     parser.add_argument("--threads", type=int, default=2, help="cores, and devices of the last variant")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of each side, in turns")
     parsed = parser.parse_args()
     if parsed.variant is not None:
         turns.use_cores(parsed.threads)

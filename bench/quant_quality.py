@@ -9,7 +9,6 @@ likely token is the same. And the model's own answers are scored as `glm4v eval`
 Prints tables; writes `bench/results/quant_quality.json`; exits with status 1 if an aim is missed.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -191,7 +190,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quant_quality")
+    parser = report.parser("bench.quant_quality", __doc__)
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="with answers given, of all tasks together")
     parser.add_argument("--items", type=int, default=ITEMS, help="to answer, of each task")
     arguments = parser.parse_args()

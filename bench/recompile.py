@@ -8,7 +8,6 @@ prompts is padding. Writes `bench/results/recompile.json`; exits with status 1 i
 a quarter of the vision tokens is padding.
 """
 
-import argparse
 import collections
 import dataclasses
 import math
@@ -167,9 +166,9 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Warm up, send, print, write; 1 if anything was compiled or too much padded."""
-    parser = argparse.ArgumentParser(prog="python -m bench.recompile", description="compilations after warm-up")
-    parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = report.parser("bench.recompile", __doc__)
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="of random images and videos")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
     arguments = parser.parse_args()
     compilations, rng = Compilations(), np.random.default_rng(arguments.seed)
     processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)

@@ -1,5 +1,6 @@
 """What all measurements share: facts about the machine, tables, verdicts, results as JSON."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -110,6 +111,18 @@ def profile_tables(profiles: Mapping[str, Mapping[str, Sequence[Mapping[str, Any
         for side, profile in sides.items():
             rows = [(line["name"], line["calls"], f"{line['milliseconds']:.1f}") for line in profile]
             yield Table(f"{work}, {side}: where the time goes", ("operation", "calls", "ms"), rows)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A docstring as it stands, and the options with their defaults."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def parser(program: str, doc: str) -> argparse.ArgumentParser:
+    """Return a program's command line; its help is its module's docstring and the options with their defaults."""
+    return argparse.ArgumentParser(prog=f"python -m {program}", description=doc, formatter_class=_Help)
 
 
 def console() -> rich.console.Console:

@@ -18,7 +18,6 @@ Prints tables; writes `bench/results/rl.json`; exits with status 1 if an aim is 
 sizes on the packaged model, and writes nothing.
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -386,9 +385,9 @@ def tables(figures: dict[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rl", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="Tiny sizes, one round; write nothing.")
+    parser = report.parser("bench.rl", __doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turns")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round; writes nothing")
     arguments = parser.parse_args()
     sizes, rounds = (QUICK, 1) if arguments.quick else (FULL, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_rl_") as name:

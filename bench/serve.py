@@ -17,7 +17,6 @@ Writes `bench/results/serve.json`; exits with status 1 if a target is missed. `-
 with few requests, judges nothing but the answers and writes nothing. `bench/serve_soak.py` has the soak and the faults.
 """
 
-import argparse
 import asyncio
 import dataclasses
 import json
@@ -280,9 +279,9 @@ def tables(name: str, found: dict[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="Few requests to the tiny model; write nothing.")
-    parser.add_argument("--only", choices=[TINY.name, LARGE.name], help="One of the models; write nothing.")
+    parser = report.parser("bench.serve", __doc__)
+    parser.add_argument("--quick", action="store_true", help="few requests to the tiny model; writes nothing")
+    parser.add_argument("--only", choices=[TINY.name, LARGE.name], help="one of the models; writes nothing")
     arguments = parser.parse_args()
     sizes = [QUICK] if arguments.quick else [s for s in (TINY, LARGE) if arguments.only in (None, s.name)]
     out, results = report.console(), {}

@@ -14,7 +14,6 @@ log. What streams, what is asked next, and how long it takes until all is well a
 Writes `bench/results/serve_soak.json` or `bench/results/serve_faults.json`; exits with status 1 if something was lost.
 """
 
-import argparse
 import asyncio
 import collections
 import functools
@@ -277,9 +276,9 @@ def main() -> int:
     """Do one of the two."""
     if "serve" in sys.argv[1:2]:
         serve_with_faults()
-    parser = argparse.ArgumentParser(prog="python -m bench.serve_soak", description=__doc__)
-    parser.add_argument("seconds", nargs="?", type=float, default=600, help="How long to ask.")
-    parser.add_argument("--faults", action="store_true", help="Put faults into a server.")
+    parser = report.parser("bench.serve_soak", __doc__)
+    parser.add_argument("seconds", nargs="?", type=float, default=600, help="to ask for")
+    parser.add_argument("--faults", action="store_true", help="put faults into a server instead")
     arguments = parser.parse_args()
     return run_faults() if arguments.faults else run_soak(arguments.seconds)
 

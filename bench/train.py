@@ -17,7 +17,6 @@ Prints a table and the fraction of padding, for a missed aim where the time goes
 `bench/results/train.json`; exits with status 1 if an aim is missed.
 """
 
-import argparse
 import pathlib
 import sys
 import tempfile
@@ -176,11 +175,11 @@ def tables(figures: Mapping[str, Any]) -> tuple[report.Table, report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.train", description="training here and with torch")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = report.parser("bench.train", __doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, in turns")
+    parser.add_argument("--steps", type=int, default=4, help="of training, in a measurement")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="conversations, of both sides' batches")
+    parser.add_argument("--threads", type=int, default=2, help="cores of each side")
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as temporary,

@@ -11,7 +11,6 @@ A part that fails, runs out of memory or takes too long is one line; the next on
 `python -m bench.page device` then writes the page. Exits with status 1 if a part failed or an aim is missed.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -188,7 +187,7 @@ def _programs(path: pathlib.Path, part: Part) -> pathlib.Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print; 1 if a part failed or an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.device", description="figures of one accelerator")
+    parser = report.parser("bench.device", __doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and small sizes, on any device")
     parser.add_argument("--only", help=f"measure these again: {', '.join(part.name for part in PARTS)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="end after this many")
