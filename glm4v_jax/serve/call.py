@@ -20,24 +20,28 @@ MAX_UNREAD = 1024
 
 
 class Inbox:
-    """What the engine's thread has for the event loop: one wake-up for all that a dispatch brings."""
+    """What the engine's thread has for an event loop: one wake-up for all that a dispatch brings.
+
+    Attributes:
+      loop: the event loop.
+    """
 
     def __init__(self) -> None:
         """To be called in the event loop."""
-        self._loop, self._items = asyncio.get_running_loop(), collections.deque[Callable[[], None]]()
+        self.loop, self._items = asyncio.get_running_loop(), collections.deque[Callable[[], None]]()
 
     def put(self, work: Callable[[], None]) -> None:
         """Have the event loop do this; in the engine's thread alone."""
         self._items.append(work)
         if len(self._items) == 1:  # else the loop has not emptied it yet
             try:
-                self._loop.call_soon_threadsafe(self._empty)
+                self.loop.call_soon_threadsafe(self._empty)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 self._items.clear()
 
     def _empty(self) -> None:
         while self._items:  # each as a callback of its own: an error in one does not keep the others
-            self._loop.call_soon(self._items.popleft())
+            self.loop.call_soon(self._items.popleft())
 
 
 class Call:

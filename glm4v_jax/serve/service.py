@@ -1,5 +1,6 @@
 """What stands behind the routes: the engine, from loading to draining, and the preparation of requests for it."""
 
+import asyncio
 import dataclasses
 import functools
 import logging
@@ -107,6 +108,7 @@ class Service:
         self.live: LiveEngine | None = None
         self._engine: Engine | None = None
         self._is_draining = False
+        self._latest_inbox: Inbox | None = None
         self.created = int(time.time())
         self._readers = Workers(_READERS, settings.max_waiting, "read")
         self._decoders = Workers(min(4, num_workers()), settings.max_waiting, "decode")
@@ -249,9 +251,13 @@ class Service:
             has_template=processor.has_template,
         )
 
-    @functools.cached_property
+    @property
     def _inbox(self) -> Inbox:
-        return Inbox()
+        """Of the running event loop; an application may be asked in one after the other, as by a test's client."""
+        inbox = self._latest_inbox
+        if inbox is None or inbox.loop is not asyncio.get_running_loop():
+            inbox = self._latest_inbox = Inbox()
+        return inbox
 
     @functools.cached_property
     def _max_characters(self) -> int:

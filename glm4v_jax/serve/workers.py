@@ -32,7 +32,9 @@ class Workers:
           name: of the threads.
         """
         self._most, self._count = threads + max_waiting, 0
-        self._free = asyncio.Semaphore(threads)
+        self._num_threads = threads
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._permits = asyncio.Semaphore(threads)
         self._running = set[concurrent.futures.Future[Any]]()
         self._threads = concurrent.futures.ThreadPoolExecutor(threads, name)
 
@@ -54,8 +56,9 @@ class Workers:
             )
         self._count += 1
         try:
-            await self._free.acquire()
-            return await asyncio.wrap_future(self._submit(function, *arguments))
+            free = self._free
+            await free.acquire()
+            return await asyncio.wrap_future(self._submit(free, function, *arguments))
         finally:
             self._count -= 1
 
@@ -63,18 +66,28 @@ class Workers:
         """Begin nothing more; does not wait for what is running."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, function: Callable[..., R], *arguments: Any) -> concurrent.futures.Future[R]:
+    @property
+    def _free(self) -> asyncio.Semaphore:
+        """Of the running event loop: one that is closed with work of its own running returns no permits."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._permits = loop, asyncio.Semaphore(self._num_threads)
+        return self._permits
+
+    def _submit(
+        self, free: asyncio.Semaphore, function: Callable[..., R], *arguments: Any
+    ) -> concurrent.futures.Future[R]:
         loop = asyncio.get_running_loop()
 
         def end(future: concurrent.futures.Future[R]) -> None:
             self._running.discard(future)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._free.release)
+                loop.call_soon_threadsafe(free.release)
 
         try:
             future = self._threads.submit(function, *arguments)
         except RuntimeError:
-            self._free.release()
+            free.release()
             raise ApiError(503, "server: found it ending; expected it ready") from None
         self._running.add(future)
         future.add_done_callback(end)

@@ -1,5 +1,6 @@
 """The server as its users meet it: OpenAI's client, and plain HTTP, over a real port."""
 
+import asyncio
 import concurrent.futures
 import json
 import re
@@ -20,6 +21,7 @@ from glm4v_jax.errors import CheckpointError
 from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.serve.app import create_app
 from glm4v_jax.serve.media import has_media, resolve
 from glm4v_jax.serve.server import bind, run
 from glm4v_jax.serve.service import ServeSettings, Service
@@ -43,6 +45,18 @@ def question(example):
 
 def hello(text="Hello"):
     return [{"role": "user", "content": text}]
+
+
+def test_an_application_answers_in_one_event_loop_after_the_other(server):
+    """As tests of those who embed it ask: each request in a loop of its own."""
+
+    async def ask():
+        transport = httpx2.ASGITransport(create_app(server[0]))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            body = {"messages": hello(), "max_tokens": 2}
+            return (await asyncio.wait_for(client.post("/v1/chat/completions", json=body), 60)).status_code
+
+    assert [asyncio.run(ask()) for _ in range(2)] == [200, 200]
 
 
 @pytest.fixture(scope="module")

@@ -80,3 +80,21 @@ def test_nothing_is_begun_after_the_end():
             await waiting
 
     asyncio.run(check())
+
+
+def test_work_of_a_loop_that_was_closed_holds_no_place_in_the_next():
+    workers, end = Workers(1, 2), threading.Event()
+
+    async def leave():
+        task = asyncio.create_task(workers.run(end.wait))
+        await turn()
+        assert not task.done()
+
+    asyncio.run(leave())
+    end.set()
+
+    async def check():
+        return await asyncio.wait_for(asyncio.gather(*(workers.run(len, "ab") for _ in range(3))), 10)
+
+    assert asyncio.run(check()) == [2, 2, 2]
+    workers.close()
