@@ -145,22 +145,17 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["config.json"]
 
 
-def test_a_checkpoint_that_a_killed_run_had_moved_aside_gets_its_name_back(checkpoint):
-    """The kill came between the two renames of a replacement."""
-    checkpoint.rename(checkpoint.parent / ".out.replaced")
-    with pytest.raises(CheckpointError, match="out: found a checkpoint; expected nothing"):
-        check_target(None, checkpoint, overwrite=False)
-    assert os.listdir(checkpoint.parent) == ["out"] and content(checkpoint) == "old"
-
-
-def test_a_dry_run_leaves_a_checkpoint_that_was_moved_aside(checkpoint):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_checkpoint_that_a_killed_run_had_moved_aside_gets_its_name_back(checkpoint, dry_run):
+    """The kill came between the two renames of a replacement. A dry run changes nothing."""
     checkpoint.rename(checkpoint.parent / ".out.replaced")
     with pytest.raises(
         CheckpointError, match="out: found a checkpoint; expected nothing, or an empty directory: --overwrite"
     ):
-        check_target(None, checkpoint, overwrite=False, dry_run=True)
-    check_target(None, checkpoint, overwrite=True, dry_run=True)
-    assert os.listdir(checkpoint.parent) == [".out.replaced"]
+        check_target(None, checkpoint, overwrite=False, dry_run=dry_run)
+    check_target(None, checkpoint, overwrite=True, dry_run=dry_run)
+    assert os.listdir(checkpoint.parent) == [".out.replaced" if dry_run else "out"]
+    assert dry_run or content(checkpoint) == "old"
 
 
 def test_what_the_next_run_writes_is_left_alone(tmp_path, monkeypatch):

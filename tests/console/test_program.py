@@ -183,19 +183,15 @@ def test_an_unknown_choice_lists_the_choices_alone(capfd):
     assert "'fast'" in message and "'slow'" in message
 
 
-def test_a_full_disk_behind_standard_output_is_one_line(capfd, monkeypatch):
-    """As in `glm4v eval tasks > file`; Python flushes once more at its end, which must not fail."""
+@pytest.mark.parametrize(("option", "status"), [("-q", 2), ("--help", 1)])
+def test_a_full_disk_behind_standard_output_is_one_line(capfd, monkeypatch, option, status):
+    """As in `glm4v eval tasks > file`; Python flushes once more at its end, which must not fail.
+
+    Help is printed before there is a command.
+    """
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
-        assert ran("-q") == 2
-    assert capfd.readouterr().err == "it: error: standard output: [Errno 28] No space left on device\n"
-
-
-def test_a_full_disk_behind_help_is_one_line(capfd, monkeypatch):
-    """As in `glm4v --help > file`; help is printed before there is a command."""
-    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", full)
-        assert ran("--help") == 1
+        assert ran(option) == status
     assert capfd.readouterr().err == "it: error: standard output: [Errno 28] No space left on device\n"
 
 

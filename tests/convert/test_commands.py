@@ -191,29 +191,21 @@ def test_debug_shows_the_traceback(tmp_path):
         main(["to-hf", str(tmp_path / "nowhere"), str(tmp_path / "out"), "-v"])
 
 
-def test_ctrl_c_removes_what_was_written(run, synthetic, tmp_path, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convert.to_hf, "write_shards", interrupted)
-    status, out, err = run("to-hf", synthetic(), tmp_path / "out")
-    assert (status, out) == (130, "")
-    assert err == "convert: interrupted; what was written has been removed, the source is as it was\n"
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_second_ctrl_c_during_cleanup_names_what_is_left(run, synthetic, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_ctrl_c_removes_what_was_written_or_names_what_is_left(run, synthetic, tmp_path, monkeypatch, is_twice):
+    """A second one during the cleanup ends that."""
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert.to_hf, "write_shards", interrupted)
-    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    if is_twice:
+        monkeypatch.setattr(shutil, "rmtree", interrupted)
     status, out, err = run("to-hf", synthetic(), tmp_path / "out")
     left = tmp_path / ".out.unfinished"
-    assert (status, out) == (130, "") and left.is_dir()
-    message = f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was\n"
-    assert err == message
+    became = f"{left} is left until the next run to the same place" if is_twice else "what was written has been removed"
+    assert (status, out) == (130, "") and list(tmp_path.iterdir()) == ([left] if is_twice else [])
+    assert err == f"convert: interrupted; {became}, the source is as it was\n"
 
 
 def test_it_runs_as_a_program(synthetic):

@@ -90,21 +90,14 @@ def test_weights_are_described_once(files, monkeypatch):
         assert step(weights, np.float32(1))[0] == 10
 
 
-@pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
-def test_flags_have_keys_of_their_own(files, monkeypatch, name):
+@pytest.mark.parametrize("changed", ["XLA_FLAGS", "LIBTPU_INIT_ARGS", "cores"])
+def test_flags_and_numbers_of_cores_have_keys_of_their_own(files, monkeypatch, changed):
     run(program([]))
     stored_programs._machine.cache_clear()
-    monkeypatch.setenv(name, "--xla_some_flag")
-    traced = []
-    run(program(traced))
-    stored_programs._machine.cache_clear()
-    assert traced == [2]
-
-
-def test_numbers_of_cores_have_keys_of_their_own(files, monkeypatch):
-    run(program([]))
-    stored_programs._machine.cache_clear()
-    monkeypatch.setattr(stored_programs, "_cores", lambda: 4096)
+    if changed == "cores":
+        monkeypatch.setattr(stored_programs, "_cores", lambda: 4096)
+    else:
+        monkeypatch.setenv(changed, "--xla_some_flag")
     traced = []
     run(program(traced))
     stored_programs._machine.cache_clear()
@@ -157,19 +150,14 @@ def test_damaged_files_are_one_line_and_replaced(files, caplog, tmp_path, monkey
     assert traced == [2, 3]
 
 
-def test_cache_that_cannot_be_written_costs_no_result(files):
-    def put(name, data):
+@pytest.mark.parametrize("method", ["put", "get"])
+def test_cache_that_cannot_be_written_costs_no_result(files, method):
+    """Or read: a bounded cache writes when a file was used."""
+
+    def full(*_):
         raise OSError("No space left on device")
 
-    files.put = put
-    assert run(program([]))[0]["n"] == 2
-
-
-def test_cache_that_cannot_be_read_costs_no_result(files):
-    def get(name):
-        raise OSError("No space left on device")  # a bounded cache writes when a file was used
-
-    files.get = get
+    setattr(files, method, full)
     assert run(program([]))[0]["n"] == 2
 
 

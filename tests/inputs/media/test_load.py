@@ -84,17 +84,12 @@ def test_exif_turns_the_image_and_alpha_is_dropped():
     )
 
 
-@pytest.mark.parametrize("kept", [len(PNG) // 2, 40, 4, 0])
-def test_truncated_image(tmp_path, kept):
-    path = tmp_path / "cut.png"
-    path.write_bytes(PNG[:kept])
-    with pytest.raises(MediaError, match=r"cut\.png"):
-        load_image(path)
-
-
-def test_corrupt_image(tmp_path):
+@pytest.mark.parametrize(
+    "content", [*(PNG[:kept] for kept in (len(PNG) // 2, 40, 4, 0)), PNG[:60] + bytes(200) + PNG[260:]], ids=len
+)
+def test_truncated_and_corrupt_images(tmp_path, content):
     path = tmp_path / "bad.png"
-    path.write_bytes(PNG[:60] + bytes(200) + PNG[260:])
+    path.write_bytes(content)
     with pytest.raises(MediaError, match=r"bad\.png"):
         load_image(path)
 

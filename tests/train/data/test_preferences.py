@@ -118,16 +118,12 @@ def test_data_sets_that_are_joined_stay_preferences(read):
     assert record.rejected is not None
 
 
-@pytest.mark.parametrize("name", ["swift", "swift messages"])
-def test_supervised_training_refuses_rejected_answers(tmp_path, read, name):
+@pytest.mark.parametrize(
+    ("name", "found"), [("swift", "found"), ("swift messages", "found"), ("alpaca", "chosen: found")]
+)
+def test_supervised_training_refuses_preferences(tmp_path, read, name, found):
     read(LAYOUTS[name])
-    with pytest.raises(DataError, match=r"found preferences; expected .*a job with \[preference\]"):
-        read_records(tmp_path / "data.jsonl")[0]
-
-
-def test_supervised_training_refuses_preferences(tmp_path, read):
-    read(LAYOUTS["alpaca"])
-    with pytest.raises(DataError, match=r"chosen: found preferences; expected .*a job with \[preference\]"):
+    with pytest.raises(DataError, match=rf"{found} preferences; expected .*a job with \[preference\]"):
         read_records(tmp_path / "data.jsonl")[0]
 
 
