@@ -10,7 +10,7 @@
 - evaluate.py: held-out loss and scored answers. export.py, verify_export.py: the result, verified by its logits.
 - compile_for_topology.py: the step on a TPU slice that is not there.
 - rl/: learning by reward.
-- commands.py, export_command.py, init_command.py (with job_file.py), levels_command.py: the command line.
+- commands.py (with job_file.py), export_command.py, levels_command.py: the command line.
 """
 
 from typing import Literal

@@ -23,9 +23,9 @@ from glm4v_jax.console.table import print_table, printable
 from glm4v_jax.errors import ConfigError, DataError, counted, naming
 from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
+from train import JobKind
 from train.data import FormatName
 from train.export_command import Export
-from train.init_command import Init
 from train.levels_command import MeasureLevels
 
 if TYPE_CHECKING:
@@ -33,6 +33,24 @@ if TYPE_CHECKING:
 
 BAD, TROUBLE = 1, 2
 """Exit statuses of `check`: there are bad rows; it could not check them."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Init(Options):
+    """Print a job file to begin with: every field, what it means, and its default. `glm4v train init lora > job.toml`.
+
+    Lines that a job needs are set; the others are commented out.
+    """
+
+    kind: Annotated[tyro.conf.Positional[JobKind], tyro.conf.arg(help_behavior_hint="(default: lora)")] = "lora"
+    """Full fine-tuning (sft), an adapter (lora), learning from preferences, or by reward (rl)."""
+
+    def run(self) -> int:
+        """Print it."""
+        from train.job_file import job_file
+
+        print(job_file(self.kind), end="")
+        return 0
 
 
 @dataclasses.dataclass(kw_only=True)

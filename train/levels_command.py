@@ -82,7 +82,8 @@ class MeasureLevels(Options):
             from glm4v_jax.files import model_fingerprint
             from glm4v_jax.generate.engine import Engine
             from glm4v_jax.planning.mesh_presets import mesh_for
-            from train.rl.measure import Levels, measure
+            from train.rl.levels import Levels
+            from train.rl.measure import measure
             from train.rl.rollouts import sampling_options
 
             levels = Levels(path, model_fingerprint(directory), self.samples)

@@ -1,11 +1,11 @@
-"""Ctrl-C where Python or native code would lose it: in an import, in callbacks of the garbage collector and of keys."""
+"""Ctrl-C that is noted; and where Python or native code would lose it: in an import, in callbacks of some kinds."""
 
 import os
 import signal
 import sys
 import threading
 import types
-from typing import Any
+from typing import Any, Self
 
 _SWALLOWING = ("_xla_gc_callback", "__hash__", "__eq__")
 """Functions that native code calls and whose errors it may drop, as `msgspec.convert` does in the hash of a type."""
@@ -47,3 +47,23 @@ def _again() -> None:
     again = threading.Timer(_PAUSE, os.kill, (os.getpid(), signal.SIGINT))
     again.daemon = True
     again.start()
+
+
+class Interrupt:
+    """Ctrl-C that stops an answer and not the program: in the `with` block the first is noted, the second raised."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True

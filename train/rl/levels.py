@@ -3,14 +3,18 @@
 {"key": "a1b2", "samples": 8, "right": 5, "mean": 0.625}
 """
 
+import dataclasses
 import json
 import math
 import statistics
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from glm4v_jax.data.tables import open_rows
+from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.errors import DataError
+from glm4v_jax.files import replacing
 
 
 def read_levels(files: Sequence[str], keys: Collection[str]) -> dict[str, float]:
@@ -44,11 +48,54 @@ def _level_of(row: dict[str, Any], place: str) -> tuple[str, float]:
     return str(key), float(mean)
 
 
-def level_line(key: str, rewards: Sequence[float]) -> str:
-    """Return the line of a problem, of the rewards of its rollouts.
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """A file of pass rates, with a line for each problem that is done.
 
-    >>> level_line("a", [1.0, 0.0, 0.5, 1.0])
-    '{"key": "a", "samples": 4, "right": 2, "mean": 0.625}'
+    Attributes:
+      path: the file.
+      model: fingerprint of the checkpoint.
+      samples: rollouts of each problem.
     """
-    right = sum(reward == 1 for reward in rewards)
-    return json.dumps({"key": key, "samples": len(rewards), "right": right, "mean": statistics.fmean(rewards)})
+
+    path: Path
+    model: str
+    samples: int
+
+    def done(self) -> set[str]:
+        """Return the keys of the lines that are there; a last line that was cut off is removed.
+
+        Raises:
+          DataError: the file is of another model or number of rollouts, or is none of pass rates.
+        """
+        if not self.path.is_file():
+            return set()
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        keys = set()
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                keys.add(row["key"])
+                found = row.get("model"), row.get("samples")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise DataError(
+                    f"{self.path}:{number}: found no pass rate of a problem; expected one: pass --restart to measure "
+                    "again, or --out for another file"
+                ) from error
+            if found != (self.model, self.samples):
+                raise DataError(
+                    f"{self.path}:{number}: found {found[1]} rollouts of model {found[0]}; expected {self.samples} of "
+                    f"{self.model}: pass --restart to measure again, or --out for another file"
+                )
+        if len(whole) < len(text) and is_first():
+            with replacing(self.path) as aside:
+                aside.write_bytes(whole)
+        return keys
+
+    def add(self, key: str, rewards: Sequence[float]) -> None:
+        """Write the line of a problem, of the rewards of its rollouts."""
+        right, mean = sum(reward == 1 for reward in rewards), statistics.fmean(rewards)
+        line = {"key": key, "samples": len(rewards), "right": right, "mean": mean, "model": self.model}
+        with self.path.open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")

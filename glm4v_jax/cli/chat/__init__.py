@@ -5,5 +5,4 @@
 - `commands`: the table of commands that begin with a slash.
 - `attachments`: images and videos for the next message.
 - `transcript`: conversations as files.
-- `interrupt`: Ctrl-C that stops an answer.
 """

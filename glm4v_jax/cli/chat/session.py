@@ -9,10 +9,10 @@ import rich.console
 import rich.text
 
 from glm4v_jax.cli.chat.attachments import Attachment, attach
-from glm4v_jax.cli.chat.interrupt import Interrupt
 from glm4v_jax.cli.chat.transcript import Turn
 from glm4v_jax.config.presets import preset
 from glm4v_jax.console.answer_writer import AnswerWriter, Stopwatch, after_status, figures
+from glm4v_jax.console.interrupts import Interrupt
 from glm4v_jax.console.options import with_default
 from glm4v_jax.console.progress import status
 from glm4v_jax.console.table import printable

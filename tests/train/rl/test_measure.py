@@ -14,7 +14,8 @@ from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.commands import main
 from train.rl.config import RLConfig, SamplingConfig, VerifierConfig
 from train.rl.judging import Judges
-from train.rl.measure import Levels, measure
+from train.rl.levels import Levels
+from train.rl.measure import measure
 from train.rl.problems import read_problems
 from train.rl.rollouts import sampling_options, seed_of
 from train.rl.verifiers import make_verifiers
