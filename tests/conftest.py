@@ -31,6 +31,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # gradient compiles in a fifth of the time, and its numbers stay within the tolerances. `XLA_FLAGS= pytest` compiles as
 # users do.
 _XLA_FLAGS = ["--xla_backend_optimization_level=0"]
+# On a busy machine a device may wait for a core longer than the 40 seconds after which the others end the process. Only
+# some processes have several devices, but those with the same flags read the programs that others have compiled.
+_XLA_FLAGS += ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse to start for a flag they do not know
     # One LLVM module for a program, not many for the threads of a large machine: 11% less time again.
     _XLA_FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -62,7 +65,7 @@ hypothesis.settings.load_profile("seeded")
 # Marker -> what is named by tests that need it, by their fixtures, or by functions of the tests that these call.
 MARKERS = {
     "reference": {"import_transformers", "torch", "transformers", "peft"},
-    "multiprocess": {"subprocess", "DeviceProcess"},
+    "multiprocess": {"subprocess", "DeviceProcess", "ForkedProgram"},
     "tpu_compile": {"aot_environment"},
 }
 

@@ -3,7 +3,6 @@
 import gc
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,13 +36,8 @@ def environment(devices=1, *, shares=True):
 
     Where it `shares`, several processes run what the first of them has compiled; those of users compile by themselves.
     """
-    # On a busy machine a device may wait for a core longer than the 40 seconds after which the others end the process.
-    flags = (
-        f"--xla_force_host_platform_device_count={devices}",
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    )
     return os.environ | {
-        "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_SHARE_BINARY_BETWEEN_HOSTS": str(int(shares)),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
@@ -55,26 +49,6 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def run_together(file, *arguments, processes=2):
-    """Run a test file as a program in several processes of one `jax.distributed`; returns what each prints."""
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(file), str(port), str(processes), str(i), *map(str, arguments)],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(processes)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return [output for output, _ in outputs]
 
 
 def start_distributed(port, processes, index):

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers_orbax import assert_same_weights, contents, run_together, start_distributed
+from helpers_orbax import assert_same_weights, contents, start_distributed
+from helpers_processes import run_together
 from orbax.checkpoint import v1 as ocp
 from reference import CONFIGS, random_tensors
 

@@ -4,16 +4,14 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_orbax import environment, free_port
+from helpers_orbax import free_port
+from helpers_processes import ForkedProgram
 
 from eval.commands import RunTasks, main
 from eval.results import ANSWERS, REPORT, RESULTS, SUMMARY, read_results
@@ -98,8 +96,7 @@ def test_a_finished_run_answers_failed_items_again(whole, folder, capsys):
 
 
 def test_a_killed_run_resumes_to_the_same_summary(whole, folder):
-    command = [sys.executable, "-m", "eval", *arguments(folder, "killed", "--slots", "1")]
-    running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    running = ForkedProgram(["-m", "eval", *arguments(folder, "killed", "--slots", "1")], env=os.environ)
     answers, deadline = folder / "killed" / ANSWERS, time.monotonic() + 240
     try:
         while not answers.exists() or answers.read_bytes().count(b"\n") < 3:
@@ -107,7 +104,7 @@ def test_a_killed_run_resumes_to_the_same_summary(whole, folder):
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        os.kill(running.pid, signal.SIGKILL)
+        running.kill()
         running.communicate()
     early = answers.read_bytes().splitlines(keepends=True)
     early = [line for line in early if line.endswith(b"\n") and b'"error"' not in line]
@@ -122,12 +119,9 @@ def test_two_processes_give_the_summary_of_one(whole, folder):
     port = free_port()
     several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "eval", *arguments(folder, "two", *several, str(index), "--mesh", "data=2")],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        ForkedProgram(["-m", "eval", *arguments(folder, "two", *several, str(index), "--mesh", "data=2")], text=True)
         for index in range(2)
-    ]  # fmt: skip
+    ]
     try:
         printed = [process.communicate(timeout=240) for process in started]
     finally:

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 
@@ -17,7 +15,7 @@ import PIL.Image
 import pytest
 import skimage.data
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_paths import ROOT
+from helpers_processes import ForkedProgram
 
 from glm4v_jax import Engine, Glm4vConfig
 from glm4v_jax.checkpoints.adapter import load_adapter
@@ -267,9 +265,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(folder, uninterrupted, 
 def test_a_killed_job_resumes_bit_for_bit(folder, uninterrupted):
     """The command is killed after a step that no checkpoint has: its line is written again."""
     (folder / "killed.toml").write_text(JOB.replace('"out"', '"killed"'), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "train", str(folder / "killed.toml")]
-    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    running = ForkedProgram(["-m", "train", folder / "killed.toml"], env=os.environ, text=True)
     try:
         deadline = time.monotonic() + 240
         while len(steps(folder, "killed")) < 2 * EVERY + 1:

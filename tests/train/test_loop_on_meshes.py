@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -20,6 +19,7 @@ import pytest
 import skimage.data
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_orbax import environment, free_port
+from helpers_processes import ForkedProgram
 
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.console.program import start_process
@@ -148,14 +148,8 @@ def start(folder, out, count=2, tables=""):
     text = (folder / "job.toml").read_text().replace('"out"', json.dumps(out)).replace("data=1", "data=2,fsdp=2")
     path = folder / f"{out}.toml"
     path.write_text(text.replace("every = 100", f"every = 2\n{tables}"), encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", __file__, str(path), "--coordinator", f"127.0.0.1:{port}"]
-    return [
-        subprocess.Popen(
-            [*command, "--num-processes", str(count), "--process-id", str(index)],
-            env=environment(2, shares=False), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(count)
-    ]  # fmt: skip
+    command = [__file__, path, "--coordinator", f"127.0.0.1:{port}", "--num-processes", count, "--process-id"]
+    return [ForkedProgram([*command, n], env=environment(2, shares=False), text=True) for n in range(count)]
 
 
 def end(processes):

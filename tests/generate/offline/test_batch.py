@@ -6,13 +6,12 @@ import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_cli import ROOT, keyed, refuse_weights, save_noise
+from helpers_cli import keyed, refuse_weights, save_noise
+from helpers_processes import ForkedProgram
 from helpers_terminal import Terminal
 
 from glm4v_jax.cli import main
@@ -90,12 +89,10 @@ def answered(tmp_path_factory):
         path=directory / "prompts.jsonl",
     )
     arguments = ["--jsonl", "prompts.jsonl", "--max-new-tokens", "6", "--greedy", "--slots", "2", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "glm4v_jax", "generate", *arguments],
-        cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    return directory, done.stdout, done.stderr
+    running = ForkedProgram(["-m", "glm4v_jax", "generate", *arguments], env=os.environ, cwd=directory, text=True)
+    out, errors = running.communicate()
+    assert running.returncode == 1, errors
+    return directory, out, errors
 
 
 def test_every_prompt_gets_a_line(answered):
@@ -310,10 +307,8 @@ def uninterrupted(tmp_path_factory):
 
 
 def start():
-    return subprocess.Popen(
-        [sys.executable, "-m", "glm4v_jax", "generate", "--jsonl", "prompts.jsonl", *map(str, SAMPLING)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = ["-m", "glm4v_jax", "generate", "--jsonl", "prompts.jsonl", *SAMPLING]
+    return ForkedProgram(command, env=os.environ, text=True)
 
 
 def wait_for_lines(number, seconds=90):

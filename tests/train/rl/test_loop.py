@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_orbax import environment, free_port
-from helpers_paths import ROOT
+from helpers_processes import ForkedProgram
 
 from glm4v_jax.devices.distributed import init_distributed, is_first, to_host
 from glm4v_jax.errors import CheckpointError, ConfigError, DataError
@@ -154,11 +153,10 @@ def whole(folder):
 def test_a_job_killed_in_any_phase_resumes_bit_for_bit(folder, whole):
     """With kill -9 in the second step. No phase changes a file, so what resumes after one resumes after any."""
     job(folder, "killed")
-    program = [sys.executable, "-W", "ignore", __file__, "kill", str(folder / "killed.toml")]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
-    phases, digests = zip(*map(str.split, done.stdout.splitlines()), strict=True)
+    program = ForkedProgram([__file__, "kill", folder / "killed.toml"], env=os.environ, text=True)
+    out, errors = program.communicate(300)
+    assert program.returncode == -signal.SIGKILL, errors[-4000:]
+    phases, digests = zip(*map(str.split, out.splitlines()), strict=True)
     assert phases == ("rollout", "scoring", "step", "handover") and set(digests) == {digest(folder / "killed")}
     assert any(line.startswith("resuming after step 1") for line in run(job(folder, "killed")))
     for name in (METRICS, ROLLOUTS):
@@ -253,11 +251,8 @@ def test_two_processes_with_eight_devices_learn_as_one_device_does(folder, whole
     The engine has another mesh of the devices than the training.
     """
     job(folder, "two", "data=2,fsdp=2,kv=2", "data=2,kv=2,q=2")
-    program = [sys.executable, "-W", "ignore", __file__, f"127.0.0.1:{free_port()}", str(folder / "two.toml")]
-    processes = [
-        subprocess.Popen([*program, str(index)], env=environment(4), stderr=subprocess.PIPE, text=True)
-        for index in range(2)
-    ]
+    program = [__file__, f"127.0.0.1:{free_port()}", folder / "two.toml"]
+    processes = [ForkedProgram([*program, index], env=environment(4), text=True) for index in range(2)]
     try:
         errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
