@@ -1,6 +1,7 @@
 """Every preset, and a mesh of three axes, on eight devices computes what one device computes.
 
-That is logits, greedy tokens, loss and gradients.
+That is logits and loss, and what the mesh is for: greedy tokens, or gradients. `tests/train/test_loop_on_meshes.py` and
+`tests/model/test_lora.py` take gradients on other meshes, and `tests/generate/test_engine_mesh.py` generates.
 """
 
 import traceback
@@ -19,6 +20,7 @@ MESHES = {
     # No preset: params sharded along two axes, and the cache's slots along the third.
     "fsdp=2,kv=2,seq=2": dict(data=1, fsdp=2, kv=2, q=1, seq=2),
 }
+LEARNING = ("train", "fsdp=2,kv=2,seq=2")
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def test_a_mesh_is_the_same_as_one_device(report, name):
     assert "error" not in case, case["error"]
     assert case["mesh"] == MESHES[name]
     assert case["logits"] <= 1e-5
-    assert case["tokens_equal"]
     assert case["loss"] <= 1e-6
-    assert case["gradients"] <= 1e-4, case["worst_gradient"]
+    assert name == "train" or case["tokens_equal"]
+    assert name not in LEARNING or case["gradients"] <= 1e-4, case["worst_gradient"]
     # Of the parameters; or the mesh would be one in name only.
     assert case["split"] > (0.9 if case["mesh"]["fsdp"] > 1 else 0.7)
 
@@ -60,7 +62,8 @@ def compare_meshes(directory):
         assert mesh.size == 8
         cases[name] = {"mesh": dict(mesh.shape)}
         try:
-            cases[name] |= compare(compute(directory, mesh), one)
+            found = compute(directory, mesh, generates=name != "train", learns=name in LEARNING)
+            cases[name] |= compare(found, one)
         except Exception:  # or one mesh would hide what the others give
             cases[name]["error"] = traceback.format_exc()
     return cases
