@@ -166,6 +166,20 @@ def mesh():
         yield mesh
 
 
+@pytest.fixture(scope="module")
+def stacked_layers():
+    """Models that are loaded have one layer in each program, around which there is a loop.
+
+    So they have on every platform but a CPU; programs compile in two thirds of the time or less.
+    """
+    from glm4v_jax.checkpoints import load
+
+    read = load.load_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "load_model", lambda *given, **options: read(*given, **options | {"stacked": True}))
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_on_devices():
     """Runs a function of a test file, with arguments, in a process with simulated devices; see `DeviceProcess`."""

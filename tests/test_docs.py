@@ -360,6 +360,7 @@ def doctests():
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", list(doctests()), ids=lambda example: example.name)
 def test_examples_in_docstrings(example, workplace):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

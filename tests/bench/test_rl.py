@@ -8,7 +8,7 @@ from bench import rl
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.log import METRICS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stacked_layers")]
 
 
 def test_a_group_that_shares_its_image_is_encoded_once(mesh):

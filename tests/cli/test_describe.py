@@ -14,7 +14,7 @@ from glm4v_jax.cli.describe import PROMPT, is_image
 from glm4v_jax.console.options import long_answer
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stacked_layers")]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stacked_layers")]
 
 GenerationResult = collections.namedtuple("GenerationResult", "text token_counts")
 TokenCounts = collections.namedtuple("TokenCounts", "input_tokens output_tokens")

@@ -9,7 +9,7 @@ def engine(mesh):
     """An engine of eight slots over the random checkpoint, float32.
 
     Its layers are stacked, as on every accelerator: programs compile in two thirds of the time. In the layout of a CPU
-    are the models of `tests/hf` and the engines of `tests/serve`, and one in `test_engine.py`.
+    are the models of `tests/hf`, what commands load (`tests/cli`, `tests/eval`), and one in `test_engine.py`.
     """
     from helpers_checkpoints import RANDOM_CHECKPOINT
 

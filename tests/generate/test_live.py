@@ -14,6 +14,8 @@ from glm4v_jax.generate.live import MAX_RESTARTS, LiveEngine, QueueFullError
 from glm4v_jax.generate.scheduler import Failure
 from glm4v_jax.generate.slots import Slots
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 120
 
 

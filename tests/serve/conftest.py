@@ -10,11 +10,11 @@ from helpers_serve import MODEL, wait_until
 
 @pytest.fixture(scope="session")
 def tiny_engine(mesh):
-    """An engine of four slots over the packaged model."""
+    """An engine of four slots over the packaged model, whose layers are stacked and compile in the time of one."""
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.tiny import TINY_CHECKPOINT
 
-    engine = Engine.from_pretrained(TINY_CHECKPOINT, num_slots=4)
+    engine = Engine.from_pretrained(TINY_CHECKPOINT, num_slots=4, stacked=True)
     engine.reserve(256)
     return engine
 

@@ -21,6 +21,8 @@ from glm4v_jax.serve.requests import Served, chat_request
 from glm4v_jax.serve.service import ServeSettings
 from glm4v_jax.tiny.digits import held_out
 
+pytestmark = pytest.mark.slow
+
 INJECTION = '<img src=x onerror="window.broken = 1">'
 CHAT = "**/v1/chat/completions"
 EXAMPLE = 1
@@ -144,7 +146,6 @@ def lines_of(figure):
 # With the model.
 
 
-@pytest.mark.slow
 def test_a_digit_is_located_and_its_box_drawn(open_page):
     opened = open_page()
     example = held_out("grounding2")[EXAMPLE]

@@ -28,6 +28,8 @@ from glm4v_jax.serve.service import ServeSettings, Service
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
+pytestmark = pytest.mark.slow
+
 SLIVER = {"type": "image_url", "image_url": {"url": data_url(PIL.Image.new("L", (2000, 1)))}}
 LONG_TEXT = "a" * 100_000
 LONG = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "ignore_eos": True}
@@ -529,7 +531,6 @@ def test_what_is_running_when_the_server_ends_gets_an_error(serving, slow):
             assert '"service_unavailable_error"' in text and text.endswith("data: [DONE]\n\n")
 
 
-@pytest.mark.slow
 def test_a_signal_lets_streams_finish(tmp_path):
     """The command as a process of its own."""
     command = [sys.executable, "-m", "glm4v_jax", "serve", "--port", "0", "--slots", "4", "--max-model-len", "256"]
@@ -562,12 +563,11 @@ def test_a_signal_lets_streams_finish(tmp_path):
     assert "SIGTERM: ending" in log.read_text() and "Traceback" not in log.read_text()
 
 
-@pytest.mark.slow
 def test_a_warm_server_compiles_nothing(serving, lowerings):
     from glm4v_jax.generate.engine import Engine
 
     def load():
-        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2)
+        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2, stacked=True)
 
     with serving(load, is_warmed=True, max_model_len=64) as (service, address):
         wait_until(lambda: service.state in ("ready", "failed"), 300)

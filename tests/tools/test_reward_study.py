@@ -9,6 +9,7 @@ from tools.leftmost_digits import TIERS
 from tools.reward_page import ANY, LEARNS, UNIFORM
 from tools.reward_study import ALL, ARMS, QUICK, SAMPLES, SHORT, UPDATES, Size, any_box, other_groups, write_job
 from train.config import load_config
+from train.rl import handover
 from train.rl.verifiers import Reward
 
 pytest.importorskip("sklearn")
@@ -45,6 +46,7 @@ def test_a_short_run_learns_is_measured_and_is_not_repeated(tmp_path, monkeypatc
 
     monkeypatch.setattr(reward_study, "answers", answers)
     monkeypatch.setattr(reward_study, "SHORT", [(ANY, 0)])
+    monkeypatch.setattr(handover, "platform", lambda: "gpu")  # layers stay stacked, and compile in the time of one
     reward_study.main(["--quick", "--out", str(tmp_path)])
     first = capsys.readouterr().out
     kept = json.loads((tmp_path / "any_box_is_paid-0" / "run.json").read_text())["run"]
