@@ -20,7 +20,8 @@ from glm4v_jax.config.model import Glm4vConfig, Glm4vTextConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.errors import CheckpointError
 
-KILLS = 10
+KILLS = 6
+"""One in each sixth of what is written."""
 
 # Imports once; a child for each line on standard input, so that a run takes no longer than its work.
 SERVER = """
@@ -119,9 +120,11 @@ def test_a_kill_at_any_moment_leaves_nothing_that_passes_for_complete(server, ch
     assert convert(server, program, source, whole) == 0
     if program != "quantize":
         assert_same_weights(whole, source, ordered=False)
-    before, size, moments, killed = contents(source), written(whole), random.Random(0), 0
-    for kill in range(KILLS):
-        killed += convert(server, program, source, target, moments.uniform(0, size)) == signal.SIGKILL
+    before, size, killed = contents(source), written(whole), 0
+    moments = random.Random(0)
+    for kill, part in enumerate(moments.sample(range(KILLS), KILLS)):
+        moment = (part + moments.random()) / KILLS * size
+        killed += convert(server, program, source, target, moment) == signal.SIGKILL
         for directory in (unfinished(target), *unfinished(target).glob("orbax*")):
             assert not passes_for_complete(directory)
         assert contents(source) == before

@@ -20,7 +20,6 @@ ROWS = {
     "text": [[13]],
     "texts": [[13], [5], [28]],
     "pictures": [[3, ("image", (4, 6)), 4], [2, ("image", (2, 10)), ("image", (4, 4)), 5]],
-    "videos": [[3, ("video", (2, 4, 4)), 4], [3, ("video", (1, 2, 6)), 2]],
     "rows of text, pictures and videos": [
         [11], [2, ("image", (4, 6)), 3], [("video", (2, 4, 2)), 3], [2, ("image", (4, 2)), 1, ("video", (1, 4, 4)), 2],
     ],
@@ -51,11 +50,9 @@ def greedy_by_hand(model, prompts, new):
     return made
 
 
-PADDED = [(case, padding) for case, rows in ROWS.items() for padding in ["left", "right"][: len(rows)]]
-
-
-@pytest.mark.parametrize(("case", "padding"), [(case, padding) for case, padding in PADDED if "and" not in case])
+@pytest.mark.parametrize(("case", "padding"), [("text", "left"), ("pictures", "left"), ("pictures", "right")])
 def test_greedy_tokens_equal_over_64(ours, theirs, case, padding):
+    """A batch of texts, pictures and videos: `test_mixed_modalities_equal_each_row_alone`."""
     rows = ROWS[case]
     prompts = Prompts(CONFIG, rows, padding=padding, seed=len(case))
     found = ours("base").generate(**prompts.inputs, max_new_tokens=64, **NEVER)
@@ -431,8 +428,8 @@ def test_missing_media_are_refused(ours):
         ours("base").generate(input_ids=prompts.input_ids, max_new_tokens=4)
 
 
-def test_stacked_layers_generate_the_same(ours, theirs, checkpoints):
-    """As the reference, and so as layers one by one; with prompt lookup what there is without."""
+def test_stacked_layers_have_the_same_beams(ours, theirs, checkpoints):
+    """As the reference, and so as layers one by one. Stacked without beams is the engine of `tests/generate`."""
     from glm4v_jax import Glm4vForConditionalGeneration
 
     prompts = Prompts(CONFIG, ROWS["pictures"], seed=10)
@@ -440,9 +437,5 @@ def test_stacked_layers_generate_the_same(ours, theirs, checkpoints):
     assert stacked.module.language_model.layers.is_stacked
     assert not ours("base").module.language_model.layers.is_stacked
     beams = dict(num_beams=3, num_return_sequences=3)
-    plain, best = (
-        greedy(theirs("base"), to_torch(prompts.inputs), 24, eos_token_id=None, **options) for options in ({}, beams)
-    )
-    for options, expected in (({}, plain), (dict(prompt_lookup_num_tokens=4), plain), (beams, best)):
-        found = stacked.generate(**prompts.inputs, max_new_tokens=24, **NEVER, **options)
-        assert np.array_equal(found, expected)
+    expected = greedy(theirs("base"), to_torch(prompts.inputs), 12, eos_token_id=None, **beams)
+    assert np.array_equal(stacked.generate(**prompts.inputs, max_new_tokens=12, **NEVER, **beams), expected)
