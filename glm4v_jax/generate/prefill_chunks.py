@@ -16,7 +16,7 @@ MAX_CHUNK = 1024
 """The longest chunk of rows that start together, in tokens; it bounds the activation memory of a long prompt."""
 CHUNK = 512
 """The longest chunk of a row that starts alone: with fewer tokens, accelerators spend their time on reading weights."""
-MIN_LIVE_CHUNK = 32
+MIN_LIVE_CHUNK = 16
 """The same where chunks take turns with decode dispatches, at least; at most `longest_live_chunk`."""
 # Multiplications and additions of a chunk that a CPU does in about the time of a dispatch.
 _CPU_WORK = 2.5e9
@@ -105,7 +105,7 @@ def live_chunk(parameters: int, platform: str) -> int:
     """Return the longest chunk that takes a decoder with this many parameters about as long as a dispatch.
 
     >>> live_chunk(250_000_000, "cpu"), live_chunk(1_000_000, "cpu"), live_chunk(9_000_000_000, "tpu")
-    (32, 128, 256)
+    (16, 128, 256)
     """
     longest = longest_live_chunk(platform)
     if platform != "cpu":

@@ -227,7 +227,7 @@ class Slots:
             assert self._state is not None
             text, head, state, variant = self.runtime.text, self.runtime.head, self._state, self.variant
             slots = None if self.num_rows == 1 else np.zeros(self.shards, np.int32)
-            for t in dict.fromkeys(bucket(length, MIN_LENGTH) for length in lengths):
+            for t in dict.fromkeys(map(self._padded, lengths)):
                 chunk = chunk_arrays(ChunkBounds(t, {}), {}, {}, self.shards)
                 device_steps.prefill.prepare(text, state, slots, chunk, self._seen({}, self.shards), self.pool.array)
             if variant.draft is not None or any(start.config.is_constrained or start.turn for start in starts.values()):
@@ -353,6 +353,10 @@ class Slots:
         self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
         self.stats.prefill_tokens += sum(start.new_tokens for start in starts.values())
 
+    def _padded(self, length: int) -> int:
+        """The length of the program for a chunk; below `MIN_LENGTH` only where chunks are as short."""
+        return bucket(length, MIN_LENGTH if length > self._chunk else min(MIN_LENGTH, self._chunk))
+
     def _left(self, one: _Prefilling) -> int:
         """Tokens that a row has still to be prefilled with."""
         return len(one.start.prompt) - (one.done or 0)
@@ -392,7 +396,7 @@ class Slots:
         for i, one in ones.items():
             begin = one.done or 0
             bounds[i] = begin, next((end for end in one.prefix.ends if end > begin), len(one.start.prompt))
-            lengths[i] = bucket(bounds[i][1] - begin, MIN_LENGTH)
+            lengths[i] = self._padded(bounds[i][1] - begin)
         t = max(lengths.values())
         for i, (begin, end) in bounds.items():
             if begin + t > self._capacity:  # its padding would not fit
@@ -407,7 +411,7 @@ class Slots:
         self._dispatch(ChunkBounds(t, bounds), starts, n, slots, itertools.chain(later, upcoming))
         for i, (begin, end) in bounds.items():
             ones[i].done = end
-            if bucket(end - begin, MIN_LENGTH) == t:
+            if self._padded(end - begin) == t:
                 self._contents.written(ones[i].prefix, wave[i], begin, end)
 
     def _prefill(self, starts: Mapping[int, Start], upcoming: Sequence[Medium]) -> None:

@@ -34,6 +34,8 @@ from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 _Pair = Annotated[tuple[Positive, Positive], Meta(description="(low, high) with 1 <= low <= high, or one number")]
 _Sizes = Annotated[tuple[Positive, ...], Meta(min_length=1)]
+# Decode steps that are timed, of which the fastest counts.
+_TIMED = 3
 
 
 def programs(has_media: bool = True) -> dict[str, str]:
@@ -207,22 +209,26 @@ def time_chunks(slots: Slots, lengths: Sequence[int], config: GenerationConfig) 
         jax.block_until_ready(work())
         return time.perf_counter() - start
 
-    def prefill(length: int) -> Any:
+    def prefill(length: int, limit: int = 1) -> Any:
         slots.forget()
-        return slots.start({0: Start(Prompt.of_text([0] * length), plain, 1)})
+        return slots.start({0: Start(Prompt.of_text([0] * length), plain, limit)})
 
-    plain = config if slots.variant.processors else GenerationConfig()
-    prefill(lengths[0])
-    most = max(STREAM_PERIOD, min(seconds(lambda: slots.decode(1)) for _ in range(3)))
+    plain = config.replace(eos_token_id=-1) if slots.variant.processors else GenerationConfig()
+    prefill(lengths[0], _TIMED + 1)  # a row that is done would be decoded in no time
+    most = max(STREAM_PERIOD, min(seconds(lambda: slots.read(slots.decode(1))) for _ in range(_TIMED)))
     with slots.runtime.on_mesh():
         longest = longest_live_chunk(platform())
-    sizes = [MIN_LIVE_CHUNK << i for i in range((longest // MIN_LIVE_CHUNK).bit_length())]
+    sizes = [MIN_LENGTH << i for i in range((longest // MIN_LENGTH).bit_length())]
     chunks = [t for t in sizes if t <= lengths[-1]]
     fitting = [t for t in chunks if min(seconds(functools.partial(prefill, t)) for _ in range(2)) <= most]
-    slots.forget()
     if len(fitting) == len(chunks):
-        return longest
-    return max(fitting, default=MIN_LIVE_CHUNK)
+        fitting = [longest]
+    elif not fitting:  # a program of its own
+        slots.use_chunks(MIN_LIVE_CHUNK)
+        jax.block_until_ready(prefill(MIN_LIVE_CHUNK))
+        fitting = [MIN_LIVE_CHUNK]
+    slots.forget()
+    return max(fitting)
 
 
 def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:

@@ -7,6 +7,8 @@ import pytest
 from helpers_generation import GREEDY, Ready, random_request
 
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.prefill_chunks import MIN_LIVE_CHUNK
 from glm4v_jax.generate.scheduler import DispatchSize, Failure, SharedQueue, run
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
@@ -74,11 +76,12 @@ class Joining(Ready):
 def join(make_engine, monkeypatch):
     """Run prompts through eight slots, in chunks of 32 tokens, one chunk and two decode steps in turns.
 
-    Takes prompts with their options; the class of the queue; and what to do before each chunk, with the sequences.
+    Takes prompts with their options; the class of the queue; what to do before each chunk, with the sequences; and
+    another length of chunks.
     Returns these, and what was dispatched: the row of each chunk, or "decode".
     """
 
-    def ran(prompts, queue=Joining, between=lambda slots, sequences: None):
+    def ran(prompts, queue=Joining, between=lambda slots, sequences: None, chunk=32):
         own, log = make_engine(), []
         advance, decode = Slots.advance, Slots.decode
 
@@ -95,7 +98,7 @@ def join(make_engine, monkeypatch):
             for index, (prompt, options) in enumerate(prompts)
         ]
         slots, waiting = own.new_slots(8, own.config()), queue(sequences)
-        slots.use_chunks(32)
+        slots.use_chunks(chunk)
         for _ in run(slots, waiting, steps=2, interleave=True):
             waiting.joined = True
         assert not slots.prefilling
@@ -135,6 +138,20 @@ def test_prompts_that_start_together_take_turns_once_one_is_complete(engine, joi
     prompts = [(random_request(engine.model, rng, 90), dict(max_new_tokens=20)) for _ in range(2)]
     sequences, log = join(prompts, Ready)
     assert log[:12] == [*[0, "decode"] * 3, *[1, "decode"] * 3]
+    assert equal_alone(engine, sequences, prompts)
+
+
+def test_the_shortest_chunks_are_not_padded(engine, join, monkeypatch):
+    """Where a decode step takes no longer than 16 tokens, padding them to 32 would double what others wait."""
+    lengths, prefill = [], device_steps.prefill
+    monkeypatch.setattr(
+        device_steps, "prefill", lambda *args: lengths.append(args[3].input_ids.shape[1]) or prefill(*args)
+    )
+    rng = np.random.default_rng(32)
+    prompts = [(random_request(engine.model, rng, n), dict(max_new_tokens=30)) for n in (40, 70)]
+    sequences, log = join(prompts, chunk=MIN_LIVE_CHUNK)
+    counts = [sum(entry == row for entry in log) for row in (0, 1)]
+    assert counts[0] == 3 and counts[1] >= 5 and lengths == [MIN_LIVE_CHUNK] * sum(counts)
     assert equal_alone(engine, sequences, prompts)
 
 

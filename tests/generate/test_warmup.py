@@ -1,5 +1,7 @@
 """Warm-up knows every shape that a request can have, and leaves nothing to compile."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -7,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
+from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices.program_limit import COMPILED
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.prefill_chunks import chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY
-from glm4v_jax.generate.warmup import prompt_shapes, warmup
+from glm4v_jax.generate.warmup import prompt_shapes, time_chunks, warmup
 from glm4v_jax.inputs.vision_rows import bucket
 
 
@@ -64,6 +68,47 @@ def test_requests_after_warmup_compile_nothing(model):
         assert len(compiled) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(hear)
+
+
+class TimedSlots:
+    """Slots whose prefill and decode steps take a time of their own, in seconds."""
+
+    variant = Variant()
+
+    def __init__(self, runtime, token, step):
+        self.runtime, self.token, self.step = runtime, token, step
+        self.now, self.left, self.chunks = 0.0, 0, []
+
+    def forget(self):
+        self.left = 0
+
+    def use_chunks(self, longest):
+        self.chunks.append(longest)
+
+    def start(self, starts):
+        [start] = starts.values()
+        self.left = start.limit - 1
+        self.now += self.token * len(start.prompt)
+
+    def decode(self, limit):
+        steps = min(limit, self.left)
+        self.left -= steps
+        self.now += self.step * steps
+
+    def read(self, decoded):
+        return decoded
+
+
+@pytest.mark.parametrize(
+    ("token", "step", "chunk", "others"),
+    [(1e-3, 0.01, 32, []), (1e-3, 0.07, 64, []), (1e-3, 0.2, 128, []), (4e-3, 0.07, 16, [16])],
+)
+def test_a_prefill_chunk_takes_no_longer_than_a_decode_step(model, monkeypatch, token, step, chunk, others):
+    """Or than 50 ms; where 32 tokens do, there is one more program."""
+    slots = TimedSlots(model.runtime, token, step)
+    monkeypatch.setattr("glm4v_jax.generate.warmup.time", types.SimpleNamespace(perf_counter=lambda: slots.now))
+    assert time_chunks(slots, [32, 48, 64, 96, 128], GenerationConfig()) == chunk
+    assert slots.chunks == others
 
 
 def test_options_that_need_more_rows_and_slots_get_them(model, monkeypatch):

@@ -137,7 +137,7 @@ def cached_case(t, s=40):
     return q, cached, new, segments, held
 
 
-@pytest.mark.parametrize("used", [0, 60, 120])
+@pytest.mark.parametrize("used", [0, 120, 200])
 def test_a_large_cache_is_read_as_far_as_it_is_used(small_blocks, monkeypatch, used):
     """In blocks where most of it is free, at once otherwise: the same result."""
     q, cached, new, segments, held = cached_case(2, 256)
