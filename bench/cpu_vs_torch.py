@@ -1,11 +1,15 @@
 """The same model here and in transformers 4.57.1 on a CPU, side by side: prefill, ViT, decoding, preprocessing.
 
-    python -m bench.cpu_vs_torch [--ours-python PATH]
+    python -m bench.cpu_vs_torch [--ours-python PATH] [--isa AVX2]
 
 About 260 million random float32 parameters, one prompt at a time, two threads. Each side is a process of its own, and
 they take turns at every measurement of every round, so that other load on the machine meets both alike. Ratios are
 taken within a round; the table has medians, with the smallest and largest in brackets. `--ours-python` runs this
 package's side on an interpreter that torch has no wheel for; a newer jax may be there.
+
+`--isa AVX2` stands in for a processor without wider vectors: the code that XLA compiles, torch, oneDNN and MKL are told
+to use no others. (The library that multiplies matrices for XLA is not.) Such ratios join the record as those of another
+processor, called emulated; its other figures stay.
 
 Decoding is also compared with the memory's speed, measured in the same rounds: the best of several reads of a large
 buffer, by both sides, on all threads. Prints a table, and for a missed aim where both sides spend the time; writes
@@ -13,6 +17,7 @@ buffer, by both sides, on all threads. Prints a table, and for a missed aim wher
 """
 
 import argparse
+import os
 import pathlib
 import statistics
 import sys
@@ -27,6 +32,15 @@ CONTEXT = 256
 BUFFER_MEGABYTES = 1000
 MIN_BANDWIDTH_SHARE = 0.8
 ANSWER = {"context": 64, "tokens": 24}
+EMULATIONS = {
+    "AVX2": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
+"""Instruction set -> what confines both sides to it, in their environment."""
 
 
 class SpeedLine(NamedTuple):
@@ -149,6 +163,11 @@ def others(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> list
     return list(kept.values())
 
 
+def with_ratios(before: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as it was, and in it the ratios of one more run, in the place of those of its processor and jax."""
+    return {**before, "others": others(before, {**figures, "others": before.get("others", ())})}
+
+
 def tables(figures: Mapping[str, Any]) -> list[report.Table]:
     """The comparisons; and the ratios on all processors that were measured."""
     ours, theirs = (figures["machine"][side] for side in ("ours", "theirs"))
@@ -183,8 +202,13 @@ def main() -> int:
     parser.add_argument("--theirs-python", default=sys.executable, help="interpreter of the reference's side")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", choices=EMULATIONS, help="emulate a processor without wider vectors")
     parser.add_argument("--name", default="cpu_vs_torch", help="of the file in bench/results")
     arguments = parser.parse_args()
+    confined = EMULATIONS.get(arguments.isa, {})
+    if "XLA_FLAGS" in confined:
+        confined = confined | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {confined['XLA_FLAGS']}".strip()}
+    os.environ.update(confined)
     pythons = dict(ours=arguments.ours_python, theirs=arguments.theirs_python)
     with (
         tempfile.TemporaryDirectory() as temporary,
@@ -192,12 +216,17 @@ def main() -> int:
     ):
         directory = models.write_checkpoint(pathlib.Path(temporary), models.INFERENCE)
         figures = run(workers, models.INFERENCE, directory, arguments.rounds, arguments.threads)
-    record = report.RESULTS / f"{arguments.name}.json"
-    before = report.read(arguments.name) if record.is_file() else None
+    if arguments.isa:
+        for facts in figures["machine"].values():
+            facts["processor"] = f"{facts['processor']}, emulated {arguments.isa}"
+    before = report.read(arguments.name) if (report.RESULTS / f"{arguments.name}.json").is_file() else None
     figures["others"] = others(figures, before)
     agree = f"greedy answers agree: {'yes' if figures['same_greedy_answer'] else 'NO'}"
-    profiles = report.profile_tables(figures["profiles"])
-    return report.finish(arguments.name, figures, *tables(figures), agree, *profiles)
+    shown: list[report.Table | str] = [*tables(figures), agree, *report.profile_tables(figures["profiles"])]
+    if arguments.isa and before is not None:
+        report.finish(arguments.name, with_ratios(before, figures), *shown)
+        return 0 if figures["passed"] else 1
+    return report.finish(arguments.name, figures, *shown)
 
 
 if __name__ == "__main__":

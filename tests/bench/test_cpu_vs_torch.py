@@ -1,14 +1,17 @@
 """bench.cpu_vs_torch on a tiny model, both sides in this process."""
 
+import contextlib
 import copy
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 from helpers_transformers import import_transformers
 from reference import tensor_names
 
-from bench import cpu_vs_torch, models, turns
+from bench import cpu_vs_torch, models, report, turns
 from glm4v_jax import Glm4vConfig
 
 pytestmark = pytest.mark.slow
@@ -111,7 +114,7 @@ class Stub:
         if task == "answer":
             return [1]
         if task == "facts":
-            return dict.fromkeys(("jax", "torch", "python"), "1")
+            return dict.fromkeys(("jax", "torch", "python"), "1") | {"processor": "a"}
         if task == "profile":
             return [{"name": arguments["work"], "calls": 1, "milliseconds": 1.0}]
         return dict.fromkeys(("a", "b", "generate", "loop"), 1e30 if task == "bandwidth" else self.seconds)
@@ -143,3 +146,30 @@ def test_a_record_keeps_the_ratios_of_other_processors():
     assert [(one["processor"], one["ratios"]["it"]["median"]) for one in second["others"]] == [("a", 1.0)]
     # A run replaces the one of its own processor.
     assert [one["processor"] for one in cpu_vs_torch.others(run("a", 3.0), second)] == ["b"]
+    # One of an emulated processor joins the others, once.
+    for ratio in (4.0, 5.0):
+        second = cpu_vs_torch.with_ratios(second, run("b, emulated", ratio))
+    assert second["machine"] == run("b", 2.0)["machine"]
+    kept = [(one["processor"], one["ratios"]["it"]["median"]) for one in second["others"]]
+    assert kept == [("a", 1.0), ("b, emulated", 5.0)]
+
+
+def test_an_emulated_processor_confines_both_sides(monkeypatch, tmp_path):
+    """The command, with sides that tell their environment."""
+    seen, one = {}, cpu_vs_torch.EMULATIONS["AVX2"]
+
+    @contextlib.contextmanager
+    def start(commands):
+        seen.update({name: os.environ.get(name) for name in one})
+        yield {"ours": Stub(1.0), "theirs": Stub(2.0)}
+
+    monkeypatch.setattr(turns, "start", start)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(models, "INFERENCE", TINY)
+    monkeypatch.setattr(os, "environ", {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"})
+    line = cpu_vs_torch.SpeedLine("it", turns.TimedTask("work", {}), 1, "per s", "a", ("b",), 1.0)
+    monkeypatch.setattr(cpu_vs_torch, "LINES", (line,))
+    monkeypatch.setattr(sys, "argv", ["cpu_vs_torch", "--isa", "AVX2", "--rounds", "1"])
+    assert cpu_vs_torch.main() == 1  # no memory is as fast as that of the stubs
+    assert seen == one | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_cpu_max_isa=AVX2"}
+    assert report.read("cpu_vs_torch")["machine"]["ours"]["processor"] == "a, emulated AVX2"
