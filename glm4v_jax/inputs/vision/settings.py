@@ -257,7 +257,9 @@ class MediaProcessor:
     def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
         """Read the settings of a checkpoint; they win over the class's defaults, and keyword arguments over both.
 
-        `path` is the checkpoint's directory, or the file itself.
+        Args:
+            path: the checkpoint's directory, or the file itself.
+            **overrides: settings.
 
         Raises:
             CheckpointError: there is no such file, or it holds no settings; the message names it.
@@ -272,8 +274,13 @@ class MediaProcessor:
     def settings_of(cls, path: Path) -> tuple[Path, Mapping[str, Any]]:
         """The file of a checkpoint that has the settings, and what it has.
 
-        Those in a processor_config.json, as 5.x writes it, win over files of their own, as they do there. `path` is the
-        checkpoint's directory, or the file itself. CheckpointError, which names it, if it holds no settings.
+        Those in a processor_config.json, as 5.x writes it, win over files of their own, as they do there.
+
+        Args:
+            path: the checkpoint's directory, or the file itself.
+
+        Raises:
+            CheckpointError: there is no such file, or it holds no settings; the message names it.
         """
         files = [path] if path.is_file() else [path / name for name in (PROCESSOR_FILE, *cls.config_files)]
         for file in files:
