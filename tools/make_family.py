@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from tools import make_random
 from tools.make_random import Tensor, bias, linear, scale
-from tools.tiny_assets import TEXT, VISION, json_bytes, processor_config, write_files
+from tools.tiny_assets import json_bytes, write_files
 
 TEMPLATE = Path(__file__).parents[1] / "glm4v_jax" / "tiny" / "family_chat_template.jinja"
 """chat_template.jinja of GLM-OCR (MIT license), character for character; its siblings' are of the same family."""
@@ -63,17 +63,34 @@ def flash_config() -> dict[str, Any]:
     """config.json of GLM-4.6V-Flash: the classes of GLM-4.1V, in the spelling of transformers 5."""
     text = {
         **{key: value for key, value in make_random.TEXT.items() if key != "rope_scaling"},
-        **TEXT,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "dtype": "bfloat16",
         "eos_token_id": AGENT_ENDS,
+        "hidden_act": "silu",
         "max_position_embeddings": 131072,
         "model_type": "glm4v_text",
         "pad_token_id": PAD,
+        "rms_norm_eps": 1e-05,
         "rope_parameters": {
             "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5, "rope_theta": 500000, "rope_type": "default",
         },
+        "use_cache": True,
         "vocab_size": make_random.VOCABULARY.rows,
     }  # fmt: skip
-    vision = {**make_random.VISION, **VISION, "hidden_dropout_prob": 0.0, "model_type": "glm4v_vision"}
+    vision = {
+        **make_random.VISION,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_dropout_prob": 0.0,
+        "in_channels": 3,
+        "model_type": "glm4v_vision",
+        "patch_size": 14,
+        "rms_norm_eps": 1e-05,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     return {
         "architectures": ["Glm4vForConditionalGeneration"],
         "model_type": "glm4v",
@@ -94,13 +111,14 @@ def glmga_config() -> dict[str, Any]:
 def ocr_config() -> dict[str, Any]:
     """config.json of GLM-OCR: the heads together are wider than the layer, a layer for the token after the next."""
     text = {
-        **TEXT,
         "model_type": "glm_ocr_text",
         "pad_token_id": PAD,
         "vocab_size": make_random.VOCABULARY.rows,
         "eos_token_id": OCR_ENDS,
         "attention_bias": False,
+        "attention_dropout": 0.0,
         "head_dim": 16,
+        "hidden_act": "silu",
         "hidden_size": 48,
         "initializer_range": 0.02,
         "intermediate_size": 80,
@@ -109,23 +127,30 @@ def ocr_config() -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_nextn_predict_layers": 1,
         "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "dtype": "bfloat16",
         "rope_parameters": {
             "rope_type": "default", "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0, "rope_theta": 10000,
         },
         "tie_word_embeddings": False,
+        "use_cache": True,
     }  # fmt: skip
     vision = {
-        **{key: value for key, value in VISION.items() if key not in ("in_channels", "attention_dropout")},
         "model_type": "glm_ocr_vision",
         "hidden_size": 32,
         "depth": 2,
         "num_heads": 2,
         "attention_bias": True,
         "intermediate_size": 40,
+        "hidden_act": "silu",
         "hidden_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "image_size": 336,
+        "patch_size": 14,
         "out_hidden_size": 48,
+        "rms_norm_eps": 1e-05,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
     }
     return {
         "architectures": ["GlmOcrForConditionalGeneration"],
@@ -186,35 +211,48 @@ def ocr_weights(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes
     return {"model.safetensors": files["model-00001-of-00001.safetensors"]}
 
 
+def preprocessor(**more: Any) -> dict[str, Any]:
+    """preprocessor_config.json as all releases have it."""
+    return {
+        "size": {"shortest_edge": 12544, "longest_edge": 9633792},
+        "do_rescale": True,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **more,
+    }
+
+
 def flash_processors() -> dict[str, Any]:
     """A file for the images and one for the videos."""
-    owner: dict[str, Any] = {"processor_class": "Glm46VProcessor"}
+    owner = {"processor_class": "Glm46VProcessor"}
+    video = preprocessor(video_processor_type="Glm46VVideoProcessor", **owner)
     return {
-        "preprocessor_config.json": processor_config(image_processor_type="Glm46VImageProcessor", **owner),
-        "video_preprocessor_config.json": processor_config(
-            longest_edge=47040000, video_processor_type="Glm46VVideoProcessor", **owner
-        ),
+        "preprocessor_config.json": preprocessor(image_processor_type="Glm46VImageProcessor", **owner),
+        "video_preprocessor_config.json": {**video, "size": {"shortest_edge": 12544, "longest_edge": 47040000}},
     }
 
 
 def glmga_processors() -> dict[str, Any]:
     """All in one file, as transformers 5 writes it."""
+    video = preprocessor(
+        video_processor_type="GlmgaVideoProcessor", fps=2, max_frames=640, patch_expand_factor=1, do_sample_frames=True
+    )
     return {
         "processor_config.json": {
-            "image_processor": processor_config(image_processor_type="GlmgaImageProcessor", patch_expand_factor=1),
+            "image_processor": preprocessor(image_processor_type="GlmgaImageProcessor", patch_expand_factor=1),
             "processor_class": "Glm46VProcessor",
-            "video_processor": processor_config(
-                longest_edge=87478720, video_processor_type="GlmgaVideoProcessor", fps=2, max_frames=640,
-                patch_expand_factor=1, do_sample_frames=True,
-            ),
+            "video_processor": {**video, "size": {"shortest_edge": 12544, "longest_edge": 87478720}},
         }
-    }  # fmt: skip
+    }
 
 
 def ocr_processors() -> dict[str, Any]:
     """One file, for the images; videos take the class that belongs to it, and its size."""
-    names: dict[str, Any] = {"image_processor_type": "Glm46VImageProcessor", "processor_class": "Glm46VProcessor"}
-    return {"preprocessor_config.json": processor_config(**names)}
+    names = {"image_processor_type": "Glm46VImageProcessor", "processor_class": "Glm46VProcessor"}
+    return {"preprocessor_config.json": preprocessor(**names)}
 
 
 def tokenizer_files(written_by_5: bool) -> dict[str, Any]:
