@@ -20,7 +20,7 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step of `micro_batches` of `rows` by `length` tokens, and as many patches as the vision rows have.
+    """A training step of `micro_batches` of `rows` by `length` tokens, and of the patches of its vision rows.
 
     `lora` is the rank of the adapter that is trained; all weights are trained without.
     """

@@ -7,16 +7,15 @@ they take turns at every measurement of every round, so that other load on the m
 taken within a round; the table has medians, with the smallest and largest in brackets. `--ours-python` runs this
 package's side on an interpreter that torch has no wheel for; a newer jax may be there.
 
-`--isa AVX2` stands in for a processor without wider vectors: the code that XLA compiles, torch, oneDNN and MKL are told
-to use no others. (The library that multiplies matrices for XLA is not.) Such ratios join the record as those of another
-processor, called emulated; its other figures stay.
+`--isa AVX2` emulates a processor without wider vectors: what XLA compiles, torch, oneDNN and MKL use no others; the
+library that multiplies matrices for XLA still may. These ratios are kept as those of another processor, and the other
+figures of the record stay.
 
 Decoding is also compared with the memory's speed, measured in the same rounds: the best of several reads of a large
 buffer, by both sides, on all threads. Prints a table, and for a missed aim where both sides spend the time; writes
 `bench/results/cpu_vs_torch.json`, which keeps the ratios of other processors; exits with status 1 if an aim is missed.
 """
 
-import argparse
 import os
 import pathlib
 import statistics
@@ -164,7 +163,7 @@ def others(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> list
 
 
 def with_ratios(before: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as it was, and in it the ratios of one more run, in the place of those of its processor and jax."""
+    """Return the record with the ratios of one more run, which replace those of the same processor and jax."""
     return {**before, "others": others(before, {**figures, "others": before.get("others", ())})}
 
 
@@ -197,11 +196,11 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu_vs_torch", description="this package against torch")
+    parser = report.parser("bench.cpu_vs_torch", __doc__)
     parser.add_argument("--ours-python", default=sys.executable, help="interpreter of this package's side")
     parser.add_argument("--theirs-python", default=sys.executable, help="interpreter of the reference's side")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each side, in turns")
+    parser.add_argument("--threads", type=int, default=2, help="cores of each side")
     parser.add_argument("--isa", choices=EMULATIONS, help="emulate a processor without wider vectors")
     parser.add_argument("--name", default="cpu_vs_torch", help="of the file in bench/results")
     arguments = parser.parse_args()

@@ -8,7 +8,6 @@ cache of compiled programs and with that of the start before. With `--against`, 
 environment, the two taking turns.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -222,7 +221,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
 
 def main() -> int:
     """Measures, prints, writes the result; 1 if an aim is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.install", description="what a clean installation costs")
+    parser = report.parser("bench.install", __doc__)
     parser.add_argument("--against", type=pathlib.Path, metavar="CHECKOUT", help="start this code as well, in turns")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_install_") as directory:

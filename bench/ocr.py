@@ -184,12 +184,7 @@ def main() -> int:
     parser.add_argument("--no-int8", action="store_true", help="measure the package in float32 alone")
     parser.add_argument("--bfloat16", action="store_true", help="measure transformers in bfloat16 as well")
     parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(WIDTH, HEIGHT),
-        metavar=("WIDTH", "HEIGHT"),
-        help="of the page that is read",
+        "--size", type=int, nargs=2, default=(WIDTH, HEIGHT), metavar=("WIDTH", "HEIGHT"), help="of the page, in pixels"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of each side, in turns")
     parser.add_argument("--threads", type=int, default=2, help="cores of each side")

@@ -36,7 +36,7 @@ class Summary:
 
 
 def check_cast_of(source: Path, stored: StoredQuantization | None, dtype: object) -> None:
-    """Check that a source that is to be cast has floats; ConfigError if it is quantised."""
+    """Check that a source to cast has floats; ConfigError if it is quantised."""
     if stored is not None and dtype is not None:
         raise ConfigError(f"--dtype: found {dtype} for {source}, which is quantised ({stored}); expected nothing")
 

@@ -106,7 +106,7 @@ class Computed(NamedTuple):
 
 
 def compute(directory: Path, mesh: Any, *, generates: bool = True, learns: bool = True) -> Computed:
-    """Load a checkpoint onto a mesh, and take a loss; where told to, generate greedily, and with gradients."""
+    """Load a checkpoint onto a mesh, and take a loss; on request generate greedily, and take gradients."""
     import jax
 
     from glm4v_jax import Glm4vForConditionalGeneration, make_batch

@@ -37,8 +37,8 @@ _CONTENT = "content"
 def check_result(base: str | Path, target: Path, *, is_whole: bool) -> int:
     """Check that a result can be written; all processes call this.
 
-    Returns the bytes of a whole model, as many as its base has; 0 for an adapter. CheckpointError if something else is
-    there, or too little disk space is left.
+    Returns the bytes of a whole model, which are those of its base; 0 for an adapter. CheckpointError if something else
+    is there, or too little disk space is left.
     """
     needed = 0
     if is_whole:

@@ -241,7 +241,7 @@ def check_output(config: TrainConfig) -> int:
 
 
 def check_step(step: int, config: TrainConfig) -> None:
-    """Raise a ConfigError if a job has had more steps than it is to have."""
+    """Raise a ConfigError if a job has run more steps than its configuration asks for."""
     if step > config.steps:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 

@@ -44,7 +44,7 @@ def abstract_leaves(
     """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree.
 
     `dtype` is that of floats, `stacked` and `outputs_first` are the layouts of layers and kernels, and `leaves` are
-    those of the checkpoint that is to be read, if some of its kernels are in integers.
+    those of the checkpoint to read, if some of its kernels are in integers.
 
     Raises:
       ConfigError: `quantize` fits no layer, or is another scheme than that of the checkpoint's integers; or groups do

@@ -106,7 +106,7 @@ _MAKERS: dict[Kind, Callable[[Any, Any], str]] = {
 
 
 def _checked_schema(text: str) -> str:
-    """The schema, that of any object in the place of {}; GenerationError if the text is not JSON, or no object."""
+    """The schema, for {} that of any object; GenerationError if the text is not JSON, or not an object."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -74,7 +74,7 @@ class MediaFiles:
 
         Args:
             thing, things: words for one of them, and for several if an "s" is not enough.
-            is_strict: as many files as items are needed; else the first files may be without one. These are returned as
+            is_strict: each file needs an item; otherwise the first files may have none. These are returned as
                 items: videos, then images, as ms-swift puts them before the query.
         """
         before: list[MediaItem] = []

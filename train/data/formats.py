@@ -150,7 +150,7 @@ def conversation(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     """Read messages with a role and a text each, in which `<image>` and `<video>` refer to the row's files.
 
     Not `is_strict`: there may be fewer markers than files, and the missing ones are put before the first message.
-    DataError if a field is missing or wrong, or markers and files are not as many.
+    DataError if a field is missing or wrong, or the numbers of markers and files differ.
     """
     _check_row(row, columns)
     media = columns.media(row)

@@ -31,7 +31,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """The text in the place of a placeholder, the image tokens in it, and what it says after each frame of a video."""
+    """The text that replaces a placeholder, the image tokens in it, and what it says after each frame of a video."""
 
     text: str
     num_tokens: int

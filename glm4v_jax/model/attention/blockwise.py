@@ -27,8 +27,8 @@ CAUSAL_CPU_BLOCKS = (256, 128)
 """On a CPU small blocks pay where half of the pairs are in the future: rows of 1,024 take 0.7 of the time, forward and
 backward, that blocks of 512 take, and 0.5 packed with samples of 230. An image of 4,096 patches would take 1.4."""
 _CORE_SCORES = 1 << 19
-"""Scores of a block for each core of a CPU: all 16 heads of a ViT at once would take 1.2 of the time. Half as many take
-0.98 to 1.05, by the version of jax and the number of patches."""
+"""Scores of a block for each core of a CPU: all 16 heads of a ViT at once would take 1.2 of the time, half
+of these scores 0.98 to 1.05, by the version of jax and the number of patches."""
 SCORES = "bkgth,bksh->bkgts"
 SAVED = "attention"
 """Name of what the backward pass of attention needs besides queries, keys and values (`layers.Remat`)."""
