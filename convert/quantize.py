@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.source import Summary
-from convert.to_hf import CastTensor
+from convert.to_hf import cast_tensor
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import check_room, new_directory
 from glm4v_jax.checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, pack, stored_tensors
@@ -119,7 +119,7 @@ def _tensors(files: Weights, config: Glm4vConfig, scheme: StoredQuantization, la
         part = table.get(hf_mapping.canonical(name))
         is_chosen = part is not None and (layers == "all" or part.rule.leaf.startswith(hf_mapping.DECODER_LAYERS))
         if part is None or not (part.rule.is_linear and is_chosen):
-            tensors[name] = CastTensor(info.shape, info.dtype, files, name)
+            tensors[name] = cast_tensor(files, name)
             continue
         if scheme.group is not None and info.shape[1] % scheme.group:
             raise ConfigError(fault("--group", scheme.group, f"a divisor of the {info.shape[1]} inputs of {name}"))
@@ -128,9 +128,11 @@ def _tensors(files: Weights, config: Glm4vConfig, scheme: StoredQuantization, la
             key = name.removesuffix(WEIGHT) + suffix
             if suffix == SHAPE:
                 tensors[key] = np.array(info.shape, np.int64)
+            elif suffix == SCALE:
+                tensors[key] = LazyTensor(tensor.shape, info.dtype, weight.scale_chunks)
             else:
-                dtype = info.dtype if suffix == SCALE else np.dtype(tensor.dtypes[0])
-                tensors[key] = _QuantizedTensor(tensor.shape, dtype, weight, suffix)
+                assert suffix == PACKED
+                tensors[key] = LazyTensor(tensor.shape, np.dtype(tensor.dtypes[0]), weight.packed_chunks)
     return tensors
 
 
@@ -144,8 +146,20 @@ class _Weight:
     scales: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     """First channel of a chunk -> its scales; kept from the first of the two tensors that need them to the other."""
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Return the first channel and the numbers of each chunk, float32 [rows, groups, inputs of a group]."""
+    def scale_chunks(self) -> Iterator[np.ndarray]:
+        """Return the scales, made when their turn comes."""
+        for start, values in self._chunks():
+            yield self._scale(start, values)
+
+    def packed_chunks(self) -> Iterator[np.ndarray]:
+        """Return the packed integers, made when their turn comes."""
+        for start, values in self._chunks():
+            values /= self._scale(start, values).astype(np.float32)[:, :, None]
+            integers = np.rint(values, out=values).astype(np.int8)
+            yield pack(integers.reshape(len(integers), -1), self.scheme.bits)
+
+    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The first channel and the numbers of each chunk, float32 [rows, groups, inputs of a group]."""
         tensor = self.files.read(self.name)
         outputs, inputs = tensor.shape
         rows = max(1, CHUNK_BYTES // (4 * inputs))
@@ -154,8 +168,8 @@ class _Weight:
             yield start, values.reshape(len(values), -1, self.scheme.group or inputs)
         self.files.release()
 
-    def scale(self, start: int, values: np.ndarray) -> np.ndarray:
-        """Return the scales [rows, groups] of a chunk, in the dtype of the weight.
+    def _scale(self, start: int, values: np.ndarray) -> np.ndarray:
+        """The scales [rows, groups] of a chunk, in the dtype of the weight.
 
         Raises:
           CheckpointError: a number is not finite.
@@ -170,23 +184,3 @@ class _Weight:
         scale = np.maximum(largest / _LARGEST[self.scheme.bits], np.float32(ml_dtypes.finfo(dtype).smallest_normal))
         self.scales[start] = np.where(largest == 0, np.float32(1), scale).astype(dtype)
         return self.scales[start]
-
-
-@dataclasses.dataclass(frozen=True)
-class _QuantizedTensor(LazyTensor):
-    """The integers or the scales of a weight, made when their turn comes."""
-
-    weight: _Weight
-    suffix: str
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Return packed integers, or scales."""
-        for start, values in self.weight.chunks():
-            scale = self.weight.scale(start, values)
-            if self.suffix == SCALE:
-                yield scale
-                continue
-            assert self.suffix == PACKED
-            values /= scale.astype(np.float32)[:, :, None]
-            integers = np.rint(values, out=values).astype(np.int8)
-            yield pack(integers.reshape(len(integers), -1), self.weight.scheme.bits)

@@ -37,35 +37,26 @@ _LEVELS = 1 << 16
 _LAYERS = "model.language_model.layers."
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomTensor(LazyTensor):
-    """Normally distributed numbers that depend on the seed, the name and the dtype only.
+def random_tensor(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, deviation: float, seed: int) -> LazyTensor:
+    """Return normally distributed numbers that depend on the seed, the name and the dtype only.
 
     Weights have the configuration's standard deviation, biases a tenth of it, and norms' weights a mean of one.
     """
 
-    name: str
-    deviation: float
-    seed: int
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Return the numbers, in C order."""
-        bits = np.random.SFC64([self.seed, zlib.crc32(self.name.encode())])
-        table = self._table()
-        left = math.prod(self.shape)
+    def chunks() -> Iterator[np.ndarray]:
+        bits = np.random.SFC64([seed, zlib.crc32(name.encode())])
+        is_bias = name.endswith(".bias")
+        values = 0.1 * deviation * _quantiles() if is_bias else deviation * _quantiles() + ("norm" in name)
+        # For each of the 65,536 equally likely values of 16 random bits.
+        table = values.astype(np.float32).astype(dtype)
+        left = math.prod(shape)
         while left:
             count = min(left, CHUNK_BYTES // 8)
             raw = bits.random_raw(math.ceil(count / 4)).astype("<u8", copy=False).view("<u2")
             yield table[raw[:count]]
             left -= count
 
-    def _table(self) -> np.ndarray:
-        """The number for each of the 65,536 equally likely values of 16 random bits."""
-        if self.name.endswith(".bias"):
-            values = 0.1 * self.deviation * _quantiles()
-        else:
-            values = self.deviation * _quantiles() + ("norm" in self.name)
-        return values.astype(np.float32).astype(self.dtype)
+    return LazyTensor(shape, dtype, chunks)
 
 
 @functools.cache
@@ -147,7 +138,7 @@ def synth(
     target, dtype = Path(target), resolve_dtype(dtype)
     deviation = config.text_config.initializer_range
     shapes = {**tensor_shapes(config), **_extra_shapes(config)}
-    tensors = {name: RandomTensor(shape, dtype, name, deviation, seed) for name, shape in shapes.items()}
+    tensors = {name: random_tensor(shape, dtype, name, deviation, seed) for name, shape in shapes.items()}
     if member is None:
         member = next((one for one in MEMBERS.values() if one.model_type == config.model_type), MEMBERS[DEFAULT])
     layers = config.text_config.num_hidden_layers

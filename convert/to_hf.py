@@ -1,6 +1,5 @@
 """Convert either format to Hugging Face safetensors in shards, tensor by tensor."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,17 +24,16 @@ AS_BEFORE = "original"
 """For `max_shard_size`: the shards that the tensors had when they were in safetensors."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CastTensor(LazyTensor):
-    """A tensor of a checkpoint, read and cast when its turn comes."""
+def cast_tensor(files: Weights, name: str, dtype: np.dtype[Any] | None = None) -> LazyTensor:
+    """Return a tensor of a checkpoint, read when its turn comes, and cast if there is a `dtype`; see `cast_chunks`."""
+    info = files[name]
+    written = info.dtype if dtype is None else dtype
 
-    files: Weights
-    name: str
+    def chunks() -> Iterator[np.ndarray]:
+        yield from cast_chunks(files.read(name), written, name)
+        files.release()
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Return the tensor, cast and in order; see `cast_chunks`."""
-        yield from cast_chunks(self.files.read(self.name), self.dtype, self.name)
-        self.files.release()
+    return LazyTensor(info.shape, written, chunks)
 
 
 def to_hf(
@@ -76,7 +74,7 @@ def to_hf(
     matched, sizes = match(config, files, str(source), stored), hf_mapping.dimensions(config)
     check_cast_of(source, stored, dtype)
     cast = None if dtype is None else resolve_dtype(dtype)
-    tensors = {name: CastTensor(info.shape, cast or info.dtype, files, name) for name, info in files.items()}
+    tensors = {name: cast_tensor(files, name, cast) for name in files}
     plan = shards_of(files) if max_shard_size == AS_BEFORE else plan_shards(tensors, max_shard_size)
     nbytes = total_bytes(tensors)
     check_room(source, target, nbytes + asset_bytes(source), overwrite=overwrite, dry_run=dry_run)

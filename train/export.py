@@ -5,7 +5,7 @@ What is written has a temporary name until it has been loaded again, and its log
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.adapter_files import read_adapter
 from glm4v_jax.checkpoints.arrays import array_of
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
 from glm4v_jax.checkpoints.hf_write import save_pretrained, total_bytes
 from glm4v_jax.checkpoints.load import load_model
-from glm4v_jax.checkpoints.merge_adapter import MergedTensor, extra_tensors, merged_tensors, write_merged
+from glm4v_jax.checkpoints.merge_adapter import extra_tensors, merged_tensors, write_merged
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.orbax_write import by_first
+from glm4v_jax.checkpoints.safetensors import LazyTensor
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import is_first
@@ -166,7 +169,7 @@ def _verified(
     base: str | Path,
     adapter: str | Path,
     directory: Path,
-    tensors: dict[str, MergedTensor],
+    tensors: Mapping[str, LazyTensor],
     target: Path,
 ) -> Verified:
     config, dtype = Glm4vConfig.from_pretrained(base), default_dtype()
@@ -176,7 +179,9 @@ def _verified(
     trained = logits_of(load_adapter(model, adapter), batch)
     del model
     found = logits_of(load_model(directory, config, dtype=dtype), batch)
-    written = next((tensor.dtype for tensor in tensors.values() if tensor.pair is not None), dtype)
+    pairs = read_adapter(adapter, config).pairs
+    changed = (tensor.dtype for name, tensor in tensors.items() if hf_mapping.canonical(name) in pairs)
+    written = next(changed, dtype)
     return compare(found, trained, tolerance=tolerance_of(config, written, dtype), where=target, before=before)
 
 

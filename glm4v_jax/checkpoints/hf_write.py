@@ -5,7 +5,7 @@ what comes out here; transformers 4.57 and 5.x load it.
 """
 
 import collections
-import dataclasses
+import functools
 import json
 import math
 import re
@@ -125,22 +125,6 @@ def write_shards(
             aside.write_text(text, encoding="utf-8")
 
 
-@dataclasses.dataclass(frozen=True)
-class _LeafTensor(LazyTensor):
-    """A tensor that comes from the devices when it is written, and then is the only one in host memory."""
-
-    leaves: ModelLeaves
-    part: hf_mapping.LeafPart
-    sizes: Mapping[str, int]
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Return the elements in order; all processes that hold the model must ask for them."""
-        leaf = self.leaves.array(self.part.path)
-        if self.part.rule.part is not None:
-            leaf = leaf[self.part.rule.index]
-        yield from in_chunks(self.part.rule.to_tensor(to_host(leaf), self.sizes))
-
-
 def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
     """Return name, as transformers writes it, -> shape of every tensor that a model's checkpoint has."""
     sizes = hf_mapping.dimensions(config)
@@ -150,14 +134,25 @@ def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
 def tensors_of(model: Glm4v) -> dict[str, LazyTensor]:
     """Return the tensors, by name, of a model with its layers in either layout.
 
+    A tensor comes from the devices when it is written, and then is the only one in host memory; all processes that hold
+    the model must ask for its chunks.
+
     Raises:
       CheckpointError: see `ModelLeaves`.
     """
     leaves, sizes = ModelLeaves(model), hf_mapping.dimensions(model.config)
-    return {
-        name: _LeafTensor(part.rule.tensor_shape(sizes), leaves.infos[part.path].dtype, leaves, part, sizes)
-        for name, part in hf_mapping.tensor_rules(model.config).items()
-    }
+
+    def chunks(part: hf_mapping.LeafPart) -> Iterator[np.ndarray]:
+        leaf = leaves.array(part.path)
+        if part.rule.part is not None:
+            leaf = leaf[part.rule.index]
+        yield from in_chunks(part.rule.to_tensor(to_host(leaf), sizes))
+
+    def tensor(part: hf_mapping.LeafPart) -> LazyTensor:
+        shape, dtype = part.rule.tensor_shape(sizes), leaves.infos[part.path].dtype
+        return LazyTensor(shape, dtype, functools.partial(chunks, part))
+
+    return {name: tensor(part) for name, part in hf_mapping.tensor_rules(model.config).items()}
 
 
 def save_pretrained(

@@ -3,7 +3,6 @@
 From file to file, tensor by tensor on the host: no device holds the model, and memory two tensors of it.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,7 @@ from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import copy_assets, set_dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class MergedTensor(LazyTensor):
-    """A tensor of a checkpoint, plus what an adapter adds to it, or that of the adapter; read when its turn comes."""
-
-    files: Weights
-    name: str
-    pair: Pair | None
-    saved: np.ndarray | None = None
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Return the sum, made in float32 and rounded once."""
-        tensor = self.files.read(self.name) if self.saved is None else self.saved
-        if self.pair is not None:
-            tensor = self.pair.added_to(tensor.astype(np.float32))
-        yield from in_chunks(tensor.astype(self.dtype, copy=False))
-        self.files.release()
-
-
-def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> dict[str, MergedTensor]:
+def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> dict[str, LazyTensor]:
     """Return every tensor of the merged checkpoint, by the name that it has in the base.
 
     Args:
@@ -60,12 +41,9 @@ def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> 
     pairs, _, saved = read_adapter(adapter, config)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {
-        name: MergedTensor(
-            info.shape, cast or info.dtype, files, name, pairs.pop(hf_mapping.canonical(name), None),
-            saved.pop(hf_mapping.canonical(name), None),
-        )
-        for name, info in files.items()
-    }  # fmt: skip
+        name: _tensor(files, name, cast, pairs.pop(canonical, None), saved.pop(canonical, None))
+        for name, canonical in ((name, hf_mapping.canonical(name)) for name in files)
+    }
     if pairs or saved:
         raise CheckpointError(
             f"{adapter}: {next(iter(pairs | saved))}: found an adapter for it; expected {base} to have it"
@@ -73,19 +51,36 @@ def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> 
     return tensors
 
 
-def extra_tensors(base: str | Path, config: Glm4vConfig) -> dict[str, MergedTensor]:
+def extra_tensors(base: str | Path, config: Glm4vConfig) -> dict[str, LazyTensor]:
     """Return the tensors of a checkpoint that belong to extra layers, which no model has (`hf_mapping`)."""
     files = open_weights(base)
-    return {
-        name: MergedTensor(info.shape, info.dtype, files, name, None)
-        for name, info in files.items()
-        if hf_mapping.is_extra(config, hf_mapping.canonical(name))
-    }
+    return {name: _tensor(files, name) for name in files if hf_mapping.is_extra(config, hf_mapping.canonical(name))}
+
+
+def _tensor(
+    files: Weights,
+    name: str,
+    dtype: np.dtype[Any] | None = None,
+    pair: Pair | None = None,
+    saved: np.ndarray | None = None,
+) -> LazyTensor:
+    """A tensor of a checkpoint, plus what an adapter adds to it, or that of the adapter; read when its turn comes."""
+    info = files[name]
+    written = info.dtype if dtype is None else dtype
+
+    def chunks() -> Iterator[np.ndarray]:
+        tensor = files.read(name) if saved is None else saved
+        if pair is not None:
+            tensor = pair.added_to(tensor.astype(np.float32))  # and rounded once
+        yield from in_chunks(tensor.astype(written, copy=False))
+        files.release()
+
+    return LazyTensor(info.shape, written, chunks)
 
 
 def write_merged(
     base: str | Path,
-    tensors: Mapping[str, MergedTensor],
+    tensors: Mapping[str, LazyTensor],
     directory: Path,
     *,
     max_shard_size: int | str = "5GB",
@@ -97,5 +92,5 @@ def write_merged(
     write_shards(directory, tensors, plan_shards(tensors, max_shard_size))
     copy_assets(base, directory)
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
-    if len(dtypes) == 1 and dtypes != {tensor.files[name].dtype.name for name, tensor in tensors.items()}:
+    if len(dtypes) == 1 and dtypes != {info.dtype.name for info in open_weights(base).values()}:
         set_dtype(directory / "config.json", dtypes.pop())

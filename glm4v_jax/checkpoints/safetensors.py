@@ -8,7 +8,6 @@ touches the pages that it needs, and a write holds one chunk. Added besides: flo
 checks between an index and its shards. Pickled weights are never loaded.
 """
 
-import abc
 import contextlib
 import dataclasses
 import json
@@ -96,25 +95,23 @@ class TensorInfos(Mapping[str, TensorInfo]):
 
 
 @dataclasses.dataclass(frozen=True)
-class LazyTensor(abc.ABC):
+class LazyTensor:
     """A tensor to write, the values of which exist when its turn comes.
 
     Attributes:
       shape: the lengths of its dimensions.
       dtype: one that the format can store.
+      chunks: return arrays of `dtype` that hold the elements in C order, as many as `shape` has.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    chunks: Callable[[], Iterator[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @abc.abstractmethod
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Return arrays of `dtype` that hold the elements in C order, as many as `shape` has."""
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         chunks = (chunk.reshape(-1) for chunk in self.chunks())

@@ -1,6 +1,6 @@
 """Safetensors files and sharded checkpoints: right reads, and one named error for everything else."""
 
-import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -401,18 +401,16 @@ class TestWriting:
     def test_values_are_asked_for_one_at_a_time(self, tmp_path):
         alive, most = set(), []
 
-        @dataclasses.dataclass(frozen=True)
-        class Counted(LazyTensor):
-            name: str
+        def counted(name):
+            array = np.zeros(4, np.float32)
+            alive.add(name)
+            weakref.finalize(array, alive.discard, name)
+            most.append(len(alive))
+            yield array
 
-            def chunks(self):
-                array = np.zeros(4, np.float32)
-                alive.add(self.name)
-                weakref.finalize(array, alive.discard, self.name)
-                most.append(len(alive))
-                yield array
-
-        write_safetensors(tmp_path / "a", {name: Counted((4,), np.dtype(np.float32), name) for name in "abcdef"})
+        dtype = np.dtype(np.float32)
+        tensors = {name: LazyTensor((4,), dtype, functools.partial(counted, name)) for name in "abcdef"}
+        write_safetensors(tmp_path / "a", tensors)
         assert most == [1] * 6
 
     def test_chunks_that_end_within_rows_come_out_in_order(self, tmp_path, monkeypatch):
@@ -450,12 +448,9 @@ class TestWriting:
         ],
     )
     def test_other_values_than_announced_leave_the_old_file(self, tmp_path, chunk, message):
-        class Wrong(LazyTensor):
-            def chunks(self):
-                yield chunk
-
+        wrong = LazyTensor((3,), np.dtype(np.float32), lambda: iter([chunk]))
         path = tmp_path / "a"
         path.write_bytes(b"before")
         with pytest.raises(CheckpointError, match=message):
-            write_safetensors(path, {"a": np.zeros(5), "z": Wrong((3,), np.dtype(np.float32))})
+            write_safetensors(path, {"a": np.zeros(5), "z": wrong})
         assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["a"]

@@ -12,7 +12,7 @@ import pytest
 from helpers_convert import files_of, read_all
 from reference import CONFIGS
 
-from convert.synth import RandomTensor, load_config, plan_like_released, synth
+from convert.synth import load_config, plan_like_released, random_tensor, synth
 from convert.verify import verify
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
@@ -55,19 +55,19 @@ def test_a_seed_gives_the_same_files_and_another_gives_others(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_numbers_are_normally_distributed(dtype):
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    weight = np.asarray(RandomTensor((1000, 300), dtype, "a.weight", 0.02, 0)).astype(np.float64) / 0.02
-    assert np.asarray(RandomTensor((1000, 300), dtype, "a.weight", 0.02, 0)).dtype == dtype
+    weight = np.asarray(random_tensor((1000, 300), dtype, "a.weight", 0.02, 0)).astype(np.float64) / 0.02
+    assert np.asarray(random_tensor((1000, 300), dtype, "a.weight", 0.02, 0)).dtype == dtype
     assert abs(weight.mean()) < 0.01 and abs(weight.std() - 1) < 0.01
     assert abs((weight**4).mean() - 3) < 0.1  # a normal distribution's, and not a uniform one's
     assert abs((np.abs(weight) < 1).mean() - 0.6827) < 0.01
-    norm = np.asarray(RandomTensor((2000,), dtype, "norm.weight", 0.02, 0)).astype(np.float64)
+    norm = np.asarray(random_tensor((2000,), dtype, "norm.weight", 0.02, 0)).astype(np.float64)
     assert abs(norm.mean() - 1) < 0.01 and 0.01 < norm.std() < 0.03
-    bias = np.asarray(RandomTensor((2000,), dtype, "a.bias", 0.02, 0)).astype(np.float64)
+    bias = np.asarray(random_tensor((2000,), dtype, "a.bias", 0.02, 0)).astype(np.float64)
     assert 0.001 < bias.std() < 0.003
 
 
 def test_a_large_tensor_comes_in_chunks():
-    tensor = RandomTensor((CHUNK_BYTES // 4, 3), np.dtype(np.float16), "a.weight", 0.02, 0)
+    tensor = random_tensor((CHUNK_BYTES // 4, 3), np.dtype(np.float16), "a.weight", 0.02, 0)
     sizes = [chunk.nbytes for chunk in tensor.chunks()]
     assert sum(sizes) == 6 * (CHUNK_BYTES // 4) and max(sizes) <= CHUNK_BYTES
 

@@ -1,6 +1,5 @@
 """Results of jobs: written, verified by their logits, and equal for transformers and PEFT."""
 
-import dataclasses
 import json
 import shutil
 
@@ -14,7 +13,9 @@ from helpers_transformers import import_transformers
 from reference import assert_close, load_theirs, their_inputs
 
 from glm4v_jax import Glm4vConfig
+from glm4v_jax.checkpoints import merge_adapter
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.adapter_files import read_adapter
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.merge_adapter import merged_tensors, write_merged
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, open_checkpoint
@@ -101,19 +102,14 @@ def test_a_wrong_result_is_removed(adapter, tmp_path, monkeypatch):
     for scale in (2.0, 0.0, float("nan")):
 
         def wrong(*args, scale=scale):
-            return {
-                name: tensor if tensor.pair is None else _with(tensor, scale)
-                for name, tensor in merged_tensors(*args).items()
-            }
+            found = read_adapter(*args)
+            pairs = {name: pair._replace(scale=scale * pair.scale) for name, pair in found.pairs.items()}
+            return found._replace(pairs=pairs)
 
-        monkeypatch.setattr(export, "merged_tensors", wrong)
+        monkeypatch.setattr(merge_adapter, "read_adapter", wrong)
         with pytest.raises(CheckpointError, match=r"out: found logits that differ from the trained model's by"):
             export.export_merged(RANDOM_CHECKPOINT, adapter, tmp_path / "out")
         assert not list(tmp_path.iterdir())
-
-
-def _with(tensor, scale):
-    return dataclasses.replace(tensor, pair=tensor.pair._replace(scale=tensor.pair.scale * scale))
 
 
 @pytest.mark.slow
