@@ -18,6 +18,8 @@ from train.step import Metrics
 from train.trackers import Trackers
 
 METRICS, EVALUATIONS = "metrics.jsonl", "eval.jsonl"
+_GROUPS = {METRICS: "train", EVALUATIONS: "eval"}
+"""File -> what trackers have before the names of its figures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,47 @@ class Speed:
     peak: float | None
 
 
-class MetricsLog:
-    """Append metrics to files; lines of steps after the one that a job resumes from are removed first.
+class JobLog:
+    """Append lines about steps to files of a job, and send their figures to its trackers.
 
-    A step's metrics are read when the next one is under way, so that devices do not wait for the host. Only the first
-    process writes.
+    Lines of steps after the one that a job resumes from are removed first. Only the first process writes.
+    """
+
+    def __init__(
+        self, directory: Path, config: TrainConfig, step: int, log: Callable[[str], None], names: Sequence[str]
+    ):
+        """Resume the files of these names after step `step`; `log` is called with log lines for a person."""
+        self._directory, self._config, self._log = directory, config, log
+        self._trackers = Trackers(config, directory, step, log)
+        if is_first():
+            for name in names:
+                truncate(directory / name, step)
+
+    def write(self, name: str, line: Mapping[str, Any], *, ensure_ascii: bool = True) -> None:
+        """Append a line to a file, and send it to the trackers if it is one of metrics or evaluations."""
+        if not is_first():
+            return
+        path = self._directory / name
+        # A tokenizer can produce unpaired surrogates, which UTF-8 cannot hold.
+        with naming_file(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(to_json(line, ensure_ascii=ensure_ascii) + "\n")
+        if (group := _GROUPS.get(name)) is not None:
+            self._trackers.write(group, line)
+
+    def log_step(self, step: int, line: str) -> None:
+        """Log a line about a step, every `config.log_every` steps and after the last."""
+        if step % self._config.log_every == 0 or step == self._config.steps:
+            self._log(f"step {step} of {self._config.steps}: {line}")
+
+    def close(self) -> None:
+        """Close the trackers."""
+        self._trackers.close()
+
+
+class MetricsLog(JobLog):
+    """The metrics of steps and evaluations.
+
+    A step's metrics are read when the next one is under way, so that devices do not wait for the host.
 
     step, streak, grad_norm: of the last step that was read: its number, how many skipped steps in a row end with it,
       and the norm of its gradients.
@@ -58,12 +96,9 @@ class MetricsLog:
 
         Seconds of programs in `compiled` so far (`compile_times`) count for no step.
         """
-        self._directory, self._config, self._speed, self._log = directory, config, speed, log
+        super().__init__(directory, config, step, log, (METRICS, EVALUATIONS))
+        self._speed = speed
         self._pending: tuple[int, Metrics, Mapping[str, Any]] | None = None
-        self._trackers = Trackers(config, directory, step, log)
-        if is_first():
-            for name in (METRICS, EVALUATIONS):
-                truncate(directory / name, step)
         self.step, self.streak, self.grad_norm = step, 0, 0.0
         self._compiled = compiled
         self._begin()
@@ -114,40 +149,26 @@ class MetricsLog:
             "tokens_per_second": round(tokens / seconds, 1),
             "mfu": None if self._speed.peak is None else round(flops / seconds / self._speed.peak, 4),
         }
-        self._write(METRICS, line)
-        if step % self._config.log_every == 0 or step == self._config.steps:
-            accuracy = f"{line['accuracy']:.1%}" + (
-                "" if found.margin is None else f", margin {float(found.margin):.3g}"
-            )
-            mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
-            self._log(
-                f"step {step} of {self._config.steps}: loss {line['loss']:.4f}, accuracy {accuracy}, "
-                f"gradient norm {self.grad_norm:.3g}, {seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, "
-                f"padding {line['padding']:.1%}{', skipped' if line['is_skipped'] else ''}"
-            )
+        self.write(METRICS, line)
+        margin = "" if found.margin is None else f", margin {float(found.margin):.3g}"
+        mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
+        self.log_step(
+            step,
+            f"loss {line['loss']:.4f}, accuracy {line['accuracy']:.1%}{margin}, gradient norm {self.grad_norm:.3g}, "
+            f"{seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, padding {line['padding']:.1%}"
+            f"{', skipped' if line['is_skipped'] else ''}",
+        )
 
     def evaluated(self, step: int, found: Evaluation, seconds: float) -> None:
         """Write an evaluation; its time does not count for the next step."""
         fields = dataclasses.asdict(found)
         if found.margin is None:
             del fields["margin"]
-        self._write(EVALUATIONS, {"step": step, **fields, "seconds": round(seconds, 3)})
+        self.write(EVALUATIONS, {"step": step, **fields, "seconds": round(seconds, 3)})
         score = "" if found.score is None else f", score {found.score:.1%}"
         score += "" if found.margin is None else f", margin {found.margin:.3g}"
         self._log(f"evaluation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
         self._begin()
-
-    def close(self) -> None:
-        """Close the trackers."""
-        self._trackers.close()
-
-    def _write(self, name: str, line: dict[str, Any]) -> None:
-        if not is_first():
-            return
-        path = self._directory / name
-        with naming_file(path), path.open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
-        self._trackers.write("train" if name == METRICS else "eval", line)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -6,35 +6,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.errors import counted
-from glm4v_jax.files import naming_file, to_json
 from train.config import TrainConfig
-from train.log import METRICS, truncate
+from train.log import METRICS, JobLog
 from train.rl.curriculum import Curriculum
 from train.rl.cycle import CycleResult
 from train.rl.problems import Problem
 from train.rl.verifiers import FAILURES, UNREADABLE
-from train.trackers import Trackers
 
 ROLLOUTS = "rollouts.jsonl"
 _SHOWN = 2
 """Groups of a step whose answers are written."""
 
 
-class RewardLog:
-    """Appends to metrics.jsonl and rollouts.jsonl; lines after the step that a job resumes from are removed first.
+class RewardLog(JobLog):
+    """The figures of steps, in metrics.jsonl, and some of their answers, in rollouts.jsonl."""
 
-    Only the first process writes.
-    """
-
-    def __init__(self, config: TrainConfig, directory: Path, step: int, log: Callable[[str], None]):
+    def __init__(self, directory: Path, config: TrainConfig, step: int, log: Callable[[str], None]):
         """Resume after step `step`; `log` is called with a log line every `config.log_every` steps."""
-        self._directory, self._config, self._log = directory, config, log
-        self._trackers = Trackers(config, directory, step, log)
-        if is_first():
-            for name in (METRICS, ROLLOUTS):
-                truncate(directory / name, step)
+        super().__init__(directory, config, step, log, (METRICS, ROLLOUTS))
 
     def add(
         self, step: int, problems: Sequence[Problem], found: CycleResult, curriculum: Curriculum, **more: float
@@ -52,28 +42,17 @@ class RewardLog:
             by_domain.setdefault(problem.domain, []).append(float(group.rewards.mean()))
         line |= {f"reward/{domain}": statistics.fmean(values) for domain, values in sorted(by_domain.items())}
         line["tiers"] = [[count, None if rate != rate else rate] for count, rate in curriculum.by_tier()]
-        self._write(METRICS, line)
-        self._trackers.write("train", line)
+        self.write(METRICS, line)
         for number in range(min(_SHOWN, len(problems))):
-            self._write(ROLLOUTS, _shown(step, problems[number], found, number))
-        if step % self._config.log_every == 0 or step == self._config.steps:
-            drift, waiting = line.get("ratio_first_dev"), counted(found.waiting, "group")
-            learned = f"nothing learned, {waiting} waiting" if drift is None else f"ratios off by {drift:.1e}"
-            self._log(
-                f"step {step} of {self._config.steps}: reward {line['reward']:.3f}, {line['valid']:.0%} of "
-                f"{line['groups']:.0f} groups valid, {line['length']:.0f} tokens an answer, {learned}, rollout "
-                f"{line['seconds_rollout']:.1f} s, learning {line.get('seconds_learning', 0.0):.1f} s"
-            )
-
-    def close(self) -> None:
-        """Close the trackers."""
-        self._trackers.close()
-
-    def _write(self, name: str, line: dict[str, Any]) -> None:
-        if is_first():
-            path = self._directory / name
-            with naming_file(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(to_json(line, ensure_ascii=name == METRICS) + "\n")
+            self.write(ROLLOUTS, _shown(step, problems[number], found, number), ensure_ascii=False)
+        drift, waiting = line.get("ratio_first_dev"), counted(found.waiting, "group")
+        learned = f"nothing learned, {waiting} waiting" if drift is None else f"ratios off by {drift:.1e}"
+        self.log_step(
+            step,
+            f"reward {line['reward']:.3f}, {line['valid']:.0%} of {line['groups']:.0f} groups valid, "
+            f"{line['length']:.0f} tokens an answer, {learned}, rollout {line['seconds_rollout']:.1f} s, learning "
+            f"{line.get('seconds_learning', 0.0):.1f} s",
+        )
 
 
 def _shares(found: CycleResult) -> dict[str, float]:

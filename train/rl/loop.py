@@ -122,7 +122,7 @@ def learn(
             curriculum.set_state(saved["curriculum"])
             log(f"resuming after step {step}, from {out / CHECKPOINTS}")
         compiled = stack.enter_context(compile_times())
-        reward_log = stack.enter_context(contextlib.closing(RewardLog(config, out, step, log)))
+        reward_log = stack.enter_context(contextlib.closing(RewardLog(out, config, step, log)))
         scorer = _Scorer(judges, rl, control)
         cycle = make_cycle(job, state, limits, mesh, engine_mesh)
         saver = Saver(checkpoints, config, checkpoints.latest or 0)
