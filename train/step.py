@@ -92,7 +92,6 @@ def make_step(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     remat: Remat = "full",
-    chunk: int = CHUNK,
     max_grad_norm: float = float("inf"),
     learning_rate: optax.Schedule | None = None,
     noise: Noise | None = None,
@@ -105,7 +104,6 @@ def make_step(
       optimizer: of `TrainState.params`.
       dtype: compute dtype of the model and of each micro-batch's gradients; sums and updates are float32.
       remat: what of the layers the backward pass recomputes.
-      chunk: see `loss.cross_entropy`.
       max_grad_norm: a step whose gradients have a larger norm, or one that is not finite, is skipped.
       learning_rate: the optimizer's, by the number of earlier updates; for the metrics alone.
       noise: what is drawn in every step; by default nothing.
@@ -119,7 +117,7 @@ def make_step(
 
     def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch, key: Array | None) -> tuple[Array, Sums]:
         model = layout.model(params, frozen, dtype)
-        sums = loss_sums(model, batch, remat=remat, chunk=chunk, noise=noise, key=key, preference=preference)
+        sums = loss_sums(model, batch, remat=remat, noise=noise, key=key, preference=preference)
         return sums.loss, sums
 
     gradients_of = jax.grad(sums_of, has_aux=True)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from eval.metrics import Reference
 from glm4v_jax.errors import ConfigError, DataError, Glm4vError, counted
 from train.rl.config import VerifierConfig
-from train.rl.verifiers import FAILURES, Reward, RuleVerifier, Verifier
+from train.rl.verifiers import FAILURES, Reward, Verifier
 
 _START = 120.0
 """Seconds that a child may take to import what it needs."""
@@ -54,7 +54,7 @@ class Judges:
         self._pools = {
             domain: _Pool(domain, verifier.config, processes)
             for domain, verifier in self._verifiers.items()
-            if isinstance(verifier, RuleVerifier) and verifier.is_asked_further
+            if verifier.is_asked_further
         }
 
     def __enter__(self) -> "Judges":
@@ -82,10 +82,9 @@ class Judges:
         verifier = self._verifiers[task.domain]
         try:
             reward = verifier.score(task.text, task.item)
-        except Exception as error:  # of a verifier of a user's own
+        except Exception as error:  # a fault of a rule costs an answer, and not the job
             return Reward(0.0, f"{type(error).__name__}: {error}", "failed")
         if task.domain in self._pools and reward.reason in ("wrong", "unreadable"):
-            assert isinstance(verifier, RuleVerifier)
             answer = verifier.answer(task.text)
             if isinstance(answer, str):
                 return self._pools[task.domain].ask(answer, task.item, reward)

@@ -1,11 +1,11 @@
 """The pass rate of a checkpoint on each problem, before a training: `glm4v train levels`. Resumes where it stopped."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from glm4v_jax.devices.distributed import agree, is_first
 from glm4v_jax.generate.completion import Completion
-from glm4v_jax.generate.engine import Request
+from glm4v_jax.generate.engine import Engine, Request
 from train.rl.judging import Task
 from train.rl.levels import Levels
 from train.rl.problems import Problems
@@ -13,17 +13,10 @@ from train.rl.rollouts import answer_text, seed_of, value_of
 from train.rl.verifiers import Reward
 
 
-class Sampler(Protocol):
-    """What answers prompts: an `Engine`."""
-
-    def generate_many(self, prompts: Any, **options: Any) -> Iterator[Completion]:
-        """See `Engine.generate_many`."""
-
-
 def measure(
     levels: Levels,
     problems: Problems,
-    engine: Sampler,
+    engine: Engine,
     score: Callable[[Sequence[Task]], list[Reward]],
     options: Mapping[str, Any],
     *,

@@ -12,7 +12,7 @@ from eval.metrics import Reference
 from glm4v_jax.errors import ConfigError, DataError
 from train.rl.judging import Task
 from train.rl.rules import GRADED
-from train.rl.verifiers import Reward, RuleVerifier, Verifier
+from train.rl.verifiers import Reward, Verifier
 
 _RIGHT = 0.95
 _TESTED = 1000
@@ -71,7 +71,7 @@ def _check_wrong(
     """Check that wrong answers to some problems are not paid for."""
     step = max(1, len(examples) // _TESTED)
     numbers = range(0, len(examples), step)
-    is_graded = isinstance(verifier, RuleVerifier) and verifier.config.kind in GRADED
+    is_graded = verifier.config.kind in GRADED
     others = _others(examples, texts)
     wrong: dict[str, list[tuple[int, str]]] = {
         "an empty answer": [(number, "") for number in numbers],

@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from glm4v_jax.model.layers import Remat
-from train.loss import CHUNK
 from train.rl.loss import Objective, PolicySums, policy_loss
 from train.rl.packing import RolloutBatch
 from train.state import Layout, Leaves, TrainState
@@ -58,7 +57,6 @@ class PolicyStep:
         *,
         dtype: DTypeLike = jnp.bfloat16,
         remat: Remat = "full",
-        chunk: int = CHUNK,
         max_grad_norm: float = float("inf"),
         learning_rate: optax.Schedule | None = None,
     ):
@@ -67,7 +65,7 @@ class PolicyStep:
         def sums_of(params: Leaves, frozen: Leaves, batch: RolloutBatch) -> tuple[Array, PolicySums]:
             model, batch = layout.model(params, frozen, dtype), jax.tree.map(lambda x: x[0], batch)
             hidden = model(batch.train.batch, remat=remat)
-            sums = policy_loss(model, hidden, batch, objective, chunk=chunk)
+            sums = policy_loss(model, hidden, batch, objective)
             return sums.loss, sums
 
         @functools.partial(jax.jit, donate_argnums=0)

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -53,24 +53,11 @@ class Reward(NamedTuple):
         return cls(score.value, score.parsed, "right" if score.value == 1 else "partly" if score.value > 0 else "wrong")
 
 
-class Verifier(Protocol):
-    """What a domain's answers are scored with: a pure and total function."""
-
-    def score(self, text: str, item: Reference) -> Reward:
-        """Return the reward of all that was generated."""
-
-    def check(self, item: Reference) -> None:
-        """Raise `DataError` for a reference that cannot be compared with."""
-
-    def reference_text(self, item: Reference) -> str:
-        """Return a text that has reward 1."""
-
-
 @dataclasses.dataclass(frozen=True)
-class RuleVerifier:
-    """A verifier of a kind in `train.rl.rules`.
+class Verifier:
+    """What a domain's answers are scored with, by a rule of `train.rl.rules`: a pure and total function.
 
-    >>> verifier = RuleVerifier(VerifierConfig(kind="counting"))
+    >>> verifier = Verifier(VerifierConfig(kind="counting"))
     >>> verifier.score("<think>…</think><answer>I see <|begin_of_box|>3<|end_of_box|>.</answer>", {"answer": 3})
     Reward(value=1.0, parsed='3', reason='right')
     >>> verifier.score("<answer><|begin_of_box|>3<|end_of_box|> or <|begin_of_box|>4<|end_of_box|>", {"answer": 3})
@@ -130,9 +117,9 @@ class RuleVerifier:
 
 def make_verifiers(
     configs: Mapping[str, VerifierConfig], thinking: ThinkingFormat = THINKING["tagged"]
-) -> dict[str, RuleVerifier]:
+) -> dict[str, Verifier]:
     """Return domain -> verifier, as a job says."""
-    return {domain: RuleVerifier(config, thinking) for domain, config in configs.items()}
+    return {domain: Verifier(config, thinking) for domain, config in configs.items()}
 
 
 def is_loop(text: str) -> bool:

@@ -9,7 +9,7 @@ from glm4v_jax.generate.text.thinking import BOX, END_BOX
 from train.rl.config import VerifierConfig
 from train.rl.judging import Judges, Task, check_failures, score_shared
 from train.rl.self_test import Example, self_test
-from train.rl.verifiers import Reward, RuleVerifier, make_verifiers
+from train.rl.verifiers import Reward, Verifier, make_verifiers
 
 JUDGE = """
 import os, sys, time
@@ -124,7 +124,7 @@ def test_too_many_failures_end_the_job_and_one_does_not():
         check_failures(tasks, [bad] * 3 + [good] * 197, 0.01)
 
 
-class Weak(RuleVerifier):
+class Weak(Verifier):
     """Pays for anything."""
 
     def score(self, text, item):

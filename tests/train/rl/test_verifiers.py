@@ -10,7 +10,7 @@ import pytest
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.text.thinking import BOX, END_BOX, TAGS
 from train.rl.config import FIELDS, VerifierConfig
-from train.rl.verifiers import RuleVerifier, is_loop
+from train.rl.verifiers import Verifier, is_loop
 
 CASES = [json.loads(line) for line in (pathlib.Path(__file__).parent / "verifier_cases.jsonl").open(encoding="utf-8")]
 """kind, item, the text or the content of its box, value, reason, and options of the verifier."""
@@ -22,7 +22,7 @@ def test_answers_have_the_rewards_of_the_table():
     assert len(CASES) >= 150 and {case["kind"] for case in CASES} == FIELDS.keys()
     wrong = []
     for case in CASES:
-        verifier = RuleVerifier(VerifierConfig(kind=case["kind"], **case.get("options", {})))
+        verifier = Verifier(VerifierConfig(kind=case["kind"], **case.get("options", {})))
         text = case.get("text", f"<think></think><answer>{BOX}{case.get('box')}{END_BOX}</answer>")
         reward = verifier.score(text, case["item"])
         if (reward.value, reward.reason) != (pytest.approx(case["value"]), case["reason"]):
@@ -51,7 +51,7 @@ def test_any_text_has_a_reward_soon():
         "é",
         "\ud800",
     ]
-    verifiers = [(RuleVerifier(VerifierConfig(kind=kind)), item) for kind, item in REFERENCES.items()]
+    verifiers = [(Verifier(VerifierConfig(kind=kind)), item) for kind, item in REFERENCES.items()]
     slowest = 0.0
     for number in range(10_000):
         verifier, item = verifiers[number % len(verifiers)]
@@ -70,7 +70,7 @@ def test_any_text_has_a_reward_soon():
 def test_long_texts_take_no_more_than_their_length(kind, piece):
     text = f"<answer>{BOX}{''.join(f'{piece}{i % 7}' for i in range(3000))}{END_BOX}"
     start = time.process_time()
-    reward = RuleVerifier(VerifierConfig(kind=kind)).score(text, REFERENCES[kind])
+    reward = Verifier(VerifierConfig(kind=kind)).score(text, REFERENCES[kind])
     assert 0 <= reward.value <= 1 and time.process_time() - start < 2
 
 
@@ -85,12 +85,12 @@ def test_long_texts_take_no_more_than_their_length(kind, piece):
 )  # fmt: skip
 def test_a_reference_that_cannot_be_compared_with_is_named(kind, item, field):
     with pytest.raises(DataError, match=f"^{field}: found .*; expected "):
-        RuleVerifier(VerifierConfig(kind=kind)).check(item)
+        Verifier(VerifierConfig(kind=kind)).check(item)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["value"] == 1 and "box" in case][::5], ids=str)
 def test_references_are_right(case):
-    verifier = RuleVerifier(VerifierConfig(kind=case["kind"], **case.get("options", {})))
+    verifier = Verifier(VerifierConfig(kind=case["kind"], **case.get("options", {})))
     verifier.check(case["item"])
     assert verifier.score(verifier.reference_text(case["item"]), case["item"]).value == 1
 
