@@ -19,7 +19,7 @@ LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class BadRow:
     """A row that cannot be trained on: its place, and why."""
 
     place: str
@@ -50,7 +50,7 @@ class DataReport:
     unit: str
     checked: int = 0
     bad: int = 0
-    problems: list[Problem] = dataclasses.field(default_factory=list)
+    problems: list[BadRow] = dataclasses.field(default_factory=list)
     formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     messages: int = 0
     learned: int = 0
@@ -107,7 +107,7 @@ def check(
             report.bad += 1
             if len(report.problems) < LISTED:
                 place = records.place(index)
-                report.problems.append(Problem(place, str(error).removeprefix(f"{place}: ")))
+                report.problems.append(BadRow(place, str(error).removeprefix(f"{place}: ")))
         else:
             _add(report, record, records.format(index), remote, length)
         if progress is not None:

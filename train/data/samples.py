@@ -19,6 +19,7 @@ template.
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
 from glm4v_jax.inputs.text.messages import extract_media
+from glm4v_jax.inputs.vision.frame_sampling import SAMPLERS
 from glm4v_jax.inputs.vision.settings import MediaWithOptions
 from train.data.records import Record
 from train.data.turns import Template, target_turns
@@ -127,6 +129,7 @@ def encode(
       CheckpointError: the chat template or the tokenizer does not separate turns.
     """
     options = options or EncodeOptions()
+    processor = limited(processor, options)
     try:
         if record.rejected is None:
             return _encode(record, processor, config, options)
@@ -141,7 +144,7 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
     turns = Template(processor, record.tools)
     stops = [turns.stop_token(config, after_call="tool_calls" in messages[index]) for index in targets]
     pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, targets, text), len(text))]
-    media = _media(messages, turns.source, processor, options)
+    media = _media(messages, turns.source, processor)
     inputs = processor.assemble([text], media)
     _check_patches(inputs, config)
     (prompt,) = prompts_of(inputs, config)
@@ -215,52 +218,39 @@ def _targets(parts: Sequence[np.ndarray], stops: Sequence[int]) -> np.ndarray:
     return targets
 
 
-def _media(
-    messages: Sequence[Mapping[str, Any]], source: str, processor: Glm4vProcessor, options: EncodeOptions
-) -> PreparedMedia:
+def _media(messages: Sequence[Mapping[str, Any]], source: str, processor: Glm4vProcessor) -> PreparedMedia:
     """Images and videos of a conversation."""
     images, videos = extract_media(messages, source)
-    image_options, video_options = _caps(options, processor)
-    parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
+    parts = [processor.prepare_media([images])] if images else []
     for video in videos:
-        chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
         source, own = MediaWithOptions.split(video)
         if not is_path_like(source):
             # Frames without a rate count as sampled.
             frames, rate = (source.frames, source.fps) if isinstance(source, SampledVideo) else (source, None)
-            rate = rate or options.video_fps or processor.video_processor.fps
-            video = MediaWithOptions(SampledVideo(frames, rate), own)
-        parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
+            video = MediaWithOptions(SampledVideo(frames, rate or processor.video_processor.fps), own)
+        parts.append(processor.prepare_media(videos=[video]))
     # A large image is 100 MB, which joining would copy.
     return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)
 
 
-def _caps(options: EncodeOptions, processor: Glm4vProcessor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the processor for images and for videos."""
-    caps: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor:
+    """Return a processor that prepares images and videos as these options say; warn of a rate that it ignores."""
+    processor = copy.copy(processor)
+    image = processor.image_processor = copy.copy(processor.image_processor)
+    video = processor.video_processor = copy.copy(processor.video_processor)
     # The processor counts an image once for each frame of a temporal patch, and all frames of a video.
-    frames = processor.image_processor.temporal_patch_size
-    for chosen, pixels, factor, part in (
-        (caps[0], options.image_max_pixels, frames, processor.image_processor),
-        (caps[1], options.video_max_pixels, 1, processor.video_processor),
+    for part, pixels, factor in (
+        (image, options.image_max_pixels, image.temporal_patch_size),
+        (video, options.video_max_pixels, 1),
     ):
         if pixels is not None:
             largest = min(pixels * factor, part.size["longest_edge"])
-            chosen["size"] = {"shortest_edge": min(part.size["shortest_edge"], largest), "longest_edge": largest}
-    return caps
-
-
-def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor:
-    """Return a processor whose own defaults for images and videos are those of `encode` with these options."""
-    processor = copy.copy(processor)
-    image_options, video_options = _caps(options, processor)
+            part.size = {"shortest_edge": min(part.size["shortest_edge"], largest), "longest_edge": largest}
     if options.video_fps is not None:
-        video_options["fps"] = options.video_fps
-    processor.image_processor = copy.copy(processor.image_processor)
-    processor.video_processor = copy.copy(processor.video_processor)
-    for part, settings in ((processor.image_processor, image_options), (processor.video_processor, video_options)):
-        for name, value in settings.items():
-            setattr(part, name, value)
+        video.fps = options.video_fps
+        if "fps" not in SAMPLERS[video.row.sampler].settings:
+            found = f"video_fps: found {video.fps}, which the frame sampler of {video.class_name} ignores"
+            warnings.warn(f"{found}; pass frames that are sampled already to choose them yourself", stacklevel=2)
     return processor
 
 
