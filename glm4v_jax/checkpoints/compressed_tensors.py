@@ -15,13 +15,13 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import FIELD, StoredQuantization
@@ -39,16 +39,6 @@ class StoredTensor(NamedTuple):
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
-
-
-class Files(Protocol):
-    """Tensors of a checkpoint."""
-
-    def __getitem__(self, name: str, /) -> TensorInfo: ...
-
-    def read(self, name: str, /) -> np.ndarray:
-        """Return a tensor."""
-        ...
 
 
 def stored_tensors(shape: tuple[int, ...], stored: StoredQuantization) -> dict[str, StoredTensor]:
@@ -108,7 +98,7 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 class QuantizedWeight:
     """A weight [out, in] of a checkpoint; its name is without the end that names one of its tensors."""
 
-    files: Files
+    files: CheckpointFiles
     name: str
     shape: tuple[int, ...]
     stored: StoredQuantization
