@@ -22,21 +22,6 @@ _GROUPS = {METRICS: "train", EVALUATIONS: "eval"}
 """File -> what trackers have before the names of its figures."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """What the tokens per second of a job are measured against.
-
-    tokens, patches: of a step, padding included.
-    flops: of a step with this work.
-    peak: FLOP/s of all devices together; None if unknown.
-    """
-
-    tokens: int
-    patches: int
-    flops: Callable[[Work], float]
-    peak: float | None
-
-
 class JobLog:
     """Append lines about steps to files of a job, and send their figures to its trackers.
 
@@ -88,16 +73,18 @@ class MetricsLog(JobLog):
         directory: Path,
         config: TrainConfig,
         step: int,
-        speed: Speed,
+        flops: Callable[[Work], float],
+        peak: float | None,
         log: Callable[[str], None],
         compiled: Sequence[float] = (),
     ):
         """Resume after step `step`; `log` is called with a log line every `config.log_every` steps.
 
-        Seconds of programs in `compiled` so far (`compile_times`) count for no step.
+        `flops` returns the operations of a step with some work, and `peak` is the FLOP/s of all devices together, None
+        if unknown. Seconds of programs in `compiled` so far (`compile_times`) count for no step.
         """
         super().__init__(directory, config, step, log, (METRICS, EVALUATIONS))
-        self._speed = speed
+        self._flops, self._peak = flops, peak
         self._pending: tuple[int, Metrics, Mapping[str, Any]] | None = None
         self.step, self.streak, self.grad_norm = step, 0, 0.0
         self._compiled = compiled
@@ -128,7 +115,7 @@ class MetricsLog(JobLog):
         update = found.update
         self.step, self.streak, self.grad_norm = step, int(update.streak), float(update.grad_norm)
         tokens, patches = int(found.work.tokens), int(found.work.patches)
-        flops = self._speed.flops(found.work)
+        flops, batch = self._flops(found.work), self._config.batch
         line = {
             "step": step,
             "loss": float(found.loss),
@@ -141,13 +128,13 @@ class MetricsLog(JobLog):
             "samples": int(found.samples),
             **rows,
             "tokens": tokens,
-            "padding": 1 - tokens / self._speed.tokens,
-            "vision_padding": 1 - patches / self._speed.patches if self._speed.patches else None,
+            "padding": 1 - tokens / batch.tokens,
+            "vision_padding": 1 - patches / batch.patches if batch.patches else None,
             "flops": flops,
             "seconds": round(seconds, 4),
             "compile_seconds": round(compiled, 4),
             "tokens_per_second": round(tokens / seconds, 1),
-            "mfu": None if self._speed.peak is None else round(flops / seconds / self._speed.peak, 4),
+            "mfu": None if self._peak is None else round(flops / seconds / self._peak, 4),
         }
         self.write(METRICS, line)
         margin = "" if found.margin is None else f", margin {float(found.margin):.3g}"

@@ -39,7 +39,7 @@ from train.job import (
     open_model,
     read_data,
 )
-from train.log import MetricsLog, Speed
+from train.log import MetricsLog
 from train.output import (
     ANSWERS,
     CHECKPOINTS,
@@ -144,7 +144,10 @@ def train(
             state, lanes = checkpoints.restore(like)
             stream.set_state(lanes)
             log(f"resuming after step {int(state.step)}, from {out / CHECKPOINTS}")
-        kept_metrics = MetricsLog(out, config, int(state.step), _speed(job, mesh), log, compiled)
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        kept_metrics = MetricsLog(
+            out, config, int(state.step), job.flops, None if peak is None else peak * mesh.size, log, compiled
+        )
         metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
         if epochs:
@@ -297,12 +300,6 @@ def _digest(*parts: Any) -> str:
     Tokenizer, chat template and processors are among those of the model: they decide how records are encoded.
     """
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _speed(job: Job, mesh: Mesh) -> Speed:
-    batch = job.config.batch
-    peak = peak_flops(mesh.devices.flat[0].device_kind)
-    return Speed(batch.tokens, batch.patches, job.flops, None if peak is None else peak * mesh.size)
 
 
 def _programs(config: TrainConfig) -> dict[str, str]:

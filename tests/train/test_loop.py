@@ -584,7 +584,7 @@ def test_a_bad_record_ends_a_strict_job(folder):
 
 
 def test_a_full_disk_names_the_file_of_metrics(folder, tmp_path):
-    log = MetricsLog(tmp_path, job(folder, "log"), 0, None, print)
+    log = MetricsLog(tmp_path, job(folder, "log"), 0, None, None, print)
     (tmp_path / EVALUATIONS).symlink_to("/dev/full")
     with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / EVALUATIONS}'")):
         log.evaluated(3, Evaluation(1.0, 0.5, None), 1.0)
@@ -593,7 +593,7 @@ def test_a_full_disk_names_the_file_of_metrics(folder, tmp_path):
 def test_nan_is_written_as_null(folder):
     config = job(folder, "log")
     (folder / "log").mkdir()
-    log = MetricsLog(folder / "log", config, 0, None, print)
+    log = MetricsLog(folder / "log", config, 0, None, None, print)
     log.evaluated(3, Evaluation(float("nan"), 0.5, None), 1.0)
     (line,) = read_log(folder / "log" / EVALUATIONS)
     assert line == {"step": 3, "loss": None, "accuracy": 0.5, "score": None, "seconds": 1.0}
