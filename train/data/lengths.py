@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.data.media import image_size, source_of
+from glm4v_jax.data.media import image_size
 from glm4v_jax.errors import DataError, Glm4vError
 from glm4v_jax.inputs.batch_feature import BatchFeature
-from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
+from glm4v_jax.inputs.text.messages import extract_media
 from glm4v_jax.inputs.text.placeholders import Expansion
 from train.data.records import Record
+from train.data.samples import prepare_videos
 from train.data.turns import target_turns
 
 
@@ -33,16 +34,15 @@ class TokenCounter:
 
     def _count(self, record: Record) -> int:
         messages, _ = target_turns(record, "last", self._processor)
-        return self.of(messages, record.media("image"), record.media("video"), record.tools)
+        return self.of(messages, record.media("image"), record.tools)
 
     def of(
         self,
         messages: Sequence[Mapping[str, Any]],
         images: Iterable[Mapping[str, Any]],
-        videos: Iterable[Mapping[str, Any]] = (),
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> int:
-        """Return the number of tokens of messages, as chat templates take them, with their items that are media.
+        """Return the number of tokens of messages, as chat templates take them, with their items that are images.
 
         Raises:
             Glm4vError: they cannot be encoded.
@@ -51,15 +51,10 @@ class TokenCounter:
         text = processor.apply_chat_template(messages, tools=list(tools) or None)
         sizes = [image_size(item)[::-1] for item in images]
         counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
+        _, videos = extract_media(messages, processor.template())
         media = PreparedMedia(
             BatchFeature(),
             [Expansion(processor.image_token * count, count) for count in counts],
-            [expansion for item in videos for expansion in self._prepare_video(item)],
+            [expansion for prepared in prepare_videos(videos, processor) for expansion in prepared.videos],
         )
         return len(processor.assemble([text], media)["input_ids"][0])
-
-    def _prepare_video(self, item: Mapping[str, Any]) -> list[Expansion]:
-        video = source_of(item)
-        if frame_files(video) is not None or not is_path_like(video):
-            video = SampledVideo(video, item.get("fps") or self._processor.video_processor.fps)
-        return self._processor.prepare_media(videos=[video]).videos

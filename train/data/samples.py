@@ -222,15 +222,19 @@ def _media(messages: Sequence[Mapping[str, Any]], source: str, processor: Glm4vP
     """Images and videos of a conversation."""
     images, videos = extract_media(messages, source)
     parts = [processor.prepare_media([images])] if images else []
+    parts += prepare_videos(videos, processor)
+    # A large image is 100 MB, which joining would copy.
+    return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)
+
+
+def prepare_videos(videos: Sequence[Any], processor: Glm4vProcessor) -> Iterator[PreparedMedia]:
+    """Prepare videos, as `extract_media` returns them, one by one; frames without a rate count as sampled."""
     for video in videos:
         source, own = MediaWithOptions.split(video)
         if not is_path_like(source):
-            # Frames without a rate count as sampled.
             frames, rate = (source.frames, source.fps) if isinstance(source, SampledVideo) else (source, None)
             video = MediaWithOptions(SampledVideo(frames, rate or processor.video_processor.fps), own)
-        parts.append(processor.prepare_media(videos=[video]))
-    # A large image is 100 MB, which joining would copy.
-    return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)
+        yield processor.prepare_media(videos=[video])
 
 
 def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor:

@@ -158,7 +158,7 @@ def test_token_counts_are_those_of_samples(data):
     (data.parent / "frames").mkdir()
     for index in range(8):
         save_noise(data.parent / f"frames/{index}.png", seed=index)
-    for video in ({"video": "frames"}, {"path": "frames", "fps": 0.01}):
+    for video in ({"path": "film.gif", "fps": 1}, {"video": "frames"}, {"path": "frames", "fps": 0.01}):
         content = [{"type": "video", **video}, {"type": "text", "text": "?"}]
         add(data, {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}]})
     add(data, row("<video>?", videos=["frames"]))
@@ -166,7 +166,7 @@ def test_token_counts_are_those_of_samples(data):
     processor = Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
     records = read_records(data)
     count = TokenCounter(processor)
-    assert len(records) == 11
+    assert len(records) == 12
     found = [samples.encode(record, processor, CONFIG, samples.EncodeOptions()) for record in records]
     assert [count(record) for record in records] == [len(sample.input_ids) for sample in found]
     # A directory of frames, and a list of them, is a video in every format; with its rate, where the row has one.
