@@ -94,10 +94,10 @@ def pointers(module):
 
 
 def compare_loaded(directory):
-    one, thread = load_runtime(directory), concurrent.futures.ThreadPoolExecutor(1)
+    one, thread = load_runtime(directory, stacked=True), concurrent.futures.ThreadPoolExecutor(1)
     expected, report = logits_of(one), {"logits": {}, "split": {}, "weights": {}}
     for types, devices in ((AxisType.Auto, 2), (AxisType.Explicit, 2), (AxisType.Auto, 4)):
-        found = load_runtime(directory, mesh=made(types, devices))
+        found = load_runtime(directory, mesh=made(types, devices), stacked=True)
         name = f"{types.name}, {devices} devices"
         logits = thread.submit(logits_of, found).result()  # where neither mesh nor rules are set
         report["logits"][name] = float(np.abs(logits - expected).max() / np.abs(expected).max())
