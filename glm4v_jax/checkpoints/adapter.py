@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def load_adapter(model: Glm4v, directory: str | Path, *, keep_dtype: bool = Fals
         return result
 
 
-def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_PartAdapter"]]]) -> Glm4v:
+def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence[Pair]]]) -> Glm4v:
     """See `load_adapter`; in the model's mesh."""
     result = lora.copy_without_lora(model)
     for path, found in params.linears(result).items():
@@ -185,54 +185,41 @@ def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_
     return result
 
 
-def _magnitude(parts: Sequence["_PartAdapter"], outputs: Sequence[int]) -> np.ndarray:
+def _magnitude(parts: Sequence[Pair], outputs: Sequence[int]) -> np.ndarray:
     """The magnitude of a fused kernel from those of its parts; NaN where there is none."""
     found = np.full(outputs, np.nan, lora.DTYPE)
     for part in parts:
         if part.magnitude is not None:
-            found[part.position[1:]] = part.magnitude
+            found[part.adapted.b.index[1:]] = part.magnitude
     return found
 
 
-class _PartAdapter(NamedTuple):
-    """One module's adapter, in the leaves' layout: A [*inputs, R], B [R, *outputs] without the axis of a part.
+def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[Pair]]]:
+    """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter.
 
-    Attributes:
-      position: of the module in the B of a fused leaf.
-      base: what replaces the module's kernel, if anything.
-      magnitude: of its outputs, with DoRA.
+    These are pairs in the layout of the leaves, A [*inputs, R] and B [R, *outputs], without the axis of a part of a
+    fused kernel: `adapted.b.index` is its position in the fused B.
     """
-
-    a: np.ndarray
-    b: np.ndarray
-    position: tuple[Any, ...]
-    scale: float
-    base: np.ndarray | None
-    magnitude: np.ndarray | None
-
-
-def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:
-    """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter."""
-    found: dict[str, dict[int, list[_PartAdapter]]] = {}
-    for adapted, a, b, scale, base, magnitude in pairs:
-        sizes = sizes_of(config, len(a))
+    found: dict[str, dict[int, list[Pair]]] = {}
+    for pair in pairs:
+        adapted, base, magnitude = pair.adapted, pair.base, pair.magnitude
+        sizes = sizes_of(config, len(pair.a))
         if base is not None:
             base = hf_mapping.wanted(config)[f"{HEAD}.weight"].rule.to_leaf(base, sizes)
         if magnitude is not None:
             magnitude = adapted.magnitude.to_leaf(magnitude, sizes)
-        part = _PartAdapter(
-            adapted.a.to_leaf(a, sizes), adapted.b.to_leaf(b, sizes), adapted.b.index, scale, base, magnitude
-        )
+        a, b = adapted.a.to_leaf(pair.a, sizes), adapted.b.to_leaf(pair.b, sizes)
+        part = pair._replace(a=a, b=b, base=base, magnitude=magnitude)
         found.setdefault(adapted.path, {}).setdefault(adapted.layer or 0, []).append(part)
     return found
 
 
-def _fused(parts: Sequence[_PartAdapter], outputs: Sequence[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _fused(parts: Sequence[Pair], outputs: Sequence[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
     """A and B of a fused kernel from those of its parts; an A that several share comes once."""
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for part in parts:
         b = np.zeros((part.a.shape[-1], *outputs), part.b.dtype)
-        b[part.position] = part.b * np.float32(part.scale / scale)
+        b[part.adapted.b.index] = part.b * np.float32(part.scale / scale)
         for a, others in pairs:
             if np.array_equal(a, part.a):
                 others += b
