@@ -45,6 +45,8 @@ from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.tiny import TINY_CHECKPOINT, digits
 from train.config import BatchConfig, CheckpointConfig, DataConfig, TrainConfig
+from train.data.packing import TrainBatch
+from train.data.placement import put, stacked
 from train.log import METRICS, read_log
 from train.optimizers import OptimizerConfig
 from train.rl.config import RLConfig, SamplingConfig, VerifierConfig
@@ -52,7 +54,7 @@ from train.rl.groups import Group, Rollout
 from train.rl.handover import Handover
 from train.rl.loop import learn
 from train.rl.loss import Objective
-from train.rl.packing import RolloutBatch, micro_batches, put
+from train.rl.packing import micro_batches
 from train.rl.rollouts import media_tokens
 from train.rl.step import PolicyStep
 from train.state import Layout, init_state, split
@@ -110,7 +112,7 @@ class Model:
         self._options: dict[str, Any] = dict(
             do_sample=True, top_k=0, suppress_tokens=banned, logprobs=0, logprobs_of="sampling", eos_token_id=-1
         )
-        self._batches: dict[str, list[RolloutBatch]] = {}
+        self._batches: dict[str, list[TrainBatch]] = {}
 
     def rollout(self, way: str, prompt: int, answer: int) -> float:
         """Sample answers to prompts of text, from a prefill each or for all of a group; both lengths in tokens."""
@@ -135,7 +137,7 @@ class Model:
 
     def patches(self, way: str) -> int:
         """How many patches the ViT encodes in that step."""
-        visions = [batch.train.batch.vision for batch in self._packed(way)]
+        visions = [batch.batch.vision for batch in self._packed(way)]
         return sum(np.count_nonzero(np.asarray(vision.segment_ids)).item() for vision in visions if vision is not None)
 
     def encoded(self, way: str) -> int:
@@ -167,7 +169,7 @@ class Model:
         assert sum(len(one.tokens) for one in found) == samples * len(prompts) * length
         return seconds, sorted(found, key=lambda one: one.index)
 
-    def _packed(self, way: str) -> list[RolloutBatch]:
+    def _packed(self, way: str) -> list[TrainBatch]:
         """The micro-batches of a step: as few as hold the answers, with as many vision rows as their images need."""
         if way not in self._batches:
             sizes, prompts = self.sizes, self._asked(way)
@@ -182,7 +184,7 @@ class Model:
             batch = BatchConfig(rows=len(prompts), length=length, vision_rows=images, vision_length=patches)
             packed = micro_batches(groups, batch, self._config)
             assert len(packed) == 1
-            self._batches[way] = [put(one, self._mesh) for one in packed]
+            self._batches[way] = [put(stacked([one]), self._mesh) for one in packed]
         return self._batches[way]
 
 

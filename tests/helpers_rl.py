@@ -15,11 +15,12 @@ from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.config import BatchConfig
+from train.data.placement import put, stacked
 from train.rl import handover
 from train.rl.groups import Group, Rollout, num_samples
 from train.rl.handover import Handover
 from train.rl.loss import Objective
-from train.rl.packing import micro_batches, put
+from train.rl.packing import micro_batches
 from train.rl.rollouts import media_tokens
 from train.rl.step import PolicyStep, nothing
 from train.state import Layout, init_state, split
@@ -85,7 +86,7 @@ class Learner:
     def batches(self, groups, **options):
         """Packed micro-batches on the devices."""
         packed = micro_batches(groups, self.batch, self.config, **options)
-        return [put(one, self.mesh) for one in packed]
+        return [put(stacked([one]), self.mesh) for one in packed]
 
     def take(self, state, groups):
         """A step on these groups."""

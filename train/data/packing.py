@@ -29,14 +29,18 @@ class TrainBatch(NamedTuple):
     batch: the model's input.
     targets: int32 [B, T], the token to predict at each position, -100 where there is none.
     weights: float32 [B, T], of each target in the loss; 0 where there is none.
-    reference: float32 [B, T], of preference data: each answer's log probability under the model that it is compared
-      with, divided among its targets. There the conversations of a pair are segments 2 n - 1 and 2 n.
+    reference: float32 [B, T], log probabilities that the model's are compared with. Of preference data, each answer's
+      under the model before the training, divided among its targets; there the conversations of a pair are segments
+      2 n - 1 and 2 n. Of sampled answers, each target's under the distribution that it was drawn from; 0 where none
+      was.
+    advantages: float32 [B, T], of sampled answers, that of the answer that a target belongs to.
     """
 
     batch: Batch
     targets: np.ndarray
     weights: np.ndarray
     reference: np.ndarray | None = None
+    advantages: np.ndarray | None = None
 
 
 class Padding(NamedTuple):

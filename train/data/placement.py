@@ -84,7 +84,7 @@ def stacked(batches: Sequence[TrainBatch]) -> TrainBatch:
 
 
 def put(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """Put a step's micro-batches on the devices; every process calls this with what `joined` has made there."""
+    """Put a step's micro-batches on the devices; every process calls this with its rows, or with all of them."""
 
     def place(partition: PartitionSpec, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, NamedSharding(mesh, partition), array.__getitem__)
@@ -107,8 +107,9 @@ def _partition(batch: TrainBatch) -> Any:
     has_vision = batch.batch.vision is not None
     vision = VisionRows(*[vision_rows] * 5) if has_vision else None
     vision_index = rows if has_vision else None
-    reference = None if batch.reference is None else rows
-    return TrainBatch(Batch(rows, rows, axes.spec(None, None, "batch"), vision_index, vision), rows, rows, reference)
+    reference, advantages = (None if array is None else rows for array in (batch.reference, batch.advantages))
+    tokens = Batch(rows, rows, axes.spec(None, None, "batch"), vision_index, vision)
+    return TrainBatch(tokens, rows, rows, reference, advantages)
 
 
 def _is_partition(node: object) -> bool:

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import reshaped, spec, use_mesh
+from glm4v_jax.devices.mesh import reshaped, use_mesh
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.layers import Remat
@@ -26,10 +25,10 @@ from train.compile_for_topology import (
     step_cost,
     trained_text,
 )
+from train.data.packing import TrainBatch
 from train.data.placement import abstract
 from train.rl.handover import Handover
 from train.rl.loss import Objective
-from train.rl.packing import RolloutBatch
 from train.rl.rollouts import media_tokens
 from train.rl.step import PolicyStep, nothing
 
@@ -159,8 +158,7 @@ def _frozen_of(job: RewardJob) -> Callable[[Glm4v, Mesh], Any]:
     return lambda model, devices: (job.on_training_mesh(devices).frozen, job.kept_for_engine(devices))
 
 
-def _batch(config: Glm4vConfig, shapes: Shapes, devices: Mesh) -> RolloutBatch:
-    """A micro-batch as `packing.put` places it."""
-    sharding = NamedSharding(devices, spec(None, "batch"))
-    of_tokens: Any = jax.ShapeDtypeStruct((1, shapes.rows, shapes.length), np.float32, sharding=sharding)
-    return RolloutBatch(abstract(abstract_batch(config, shapes), devices), of_tokens, of_tokens)
+def _batch(config: Glm4vConfig, shapes: Shapes, devices: Mesh) -> TrainBatch:
+    """A micro-batch of sampled answers as `placement.put` places it."""
+    batch = abstract_batch(config, shapes)
+    return abstract(batch._replace(reference=batch.weights, advantages=batch.weights), devices)

@@ -19,10 +19,11 @@ from glm4v_jax.errors import DataError, Glm4vError, counted
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig
+from train.data.placement import put, stacked
 from train.rl.config import RLConfig
 from train.rl.groups import Group, most_balanced, num_samples
 from train.rl.handover import Handover
-from train.rl.packing import micro_batches, put
+from train.rl.packing import micro_batches
 from train.rl.problems import Problem
 from train.rl.rollouts import Answers, answer_text, is_cut, sample
 from train.rl.step import PolicyMetrics, PolicyStep
@@ -175,7 +176,7 @@ class Cycle:
             phases.end("packing")
             tokens = sum(rollout.num_sampled for group in part for rollout in group.rollouts)
             total = num_samples(part) if config.average == "sample" else tokens
-            batches = (put(one, self.mesh) for one in packed)
+            batches = (put(stacked([one]), self.mesh) for one in packed)
             state, metrics = self.step(state, self.frozen, batches, total, first + i)
             found.append(metrics)
             limit = config.max_ratio_drift or (1e-3 if self.engine.runtime.dtype == jnp.float32 else 2e-2)

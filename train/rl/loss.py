@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from glm4v_jax.model.glm4v import Glm4v
+from train.data.packing import TrainBatch
 from train.loss import CHUNK, scan_logits, scores_of
-from train.rl.packing import RolloutBatch
 
 _MOST = 20.0
 """Of the logarithm of a ratio: beyond it the step is lost in any case, and its exponential might be infinite."""
@@ -78,7 +78,7 @@ class PolicySums(NamedTuple):
 
 
 def policy_loss(
-    model: Glm4v, hidden: Float[Array, "B T D"], batch: RolloutBatch, objective: Objective, *, chunk: int = CHUNK
+    model: Glm4v, hidden: Float[Array, "B T D"], batch: TrainBatch, objective: Objective, *, chunk: int = CHUNK
 ) -> PolicySums:
     """Return the loss of a micro-batch [B, ...], `hidden` being after the last norm.
 
@@ -107,7 +107,8 @@ def policy_loss(
         loss = -jnp.sum(weights * clipped * advantage)
         return sums.plus(PolicySums(loss, tokens, total, deviation, largest, low, high, divergence, entropy))
 
-    arrays = (batch.train.targets, batch.train.weights, batch.advantages, batch.logprobs)
+    assert batch.advantages is not None and batch.reference is not None
+    arrays = (batch.targets, batch.weights, batch.advantages, batch.reference)
     return scan_logits(model, hidden, arrays, add, PolicySums.zero(), chunk=chunk)
 
 

@@ -8,34 +8,16 @@ when it was sampled.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import spec
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig
-from train.data import placement
 from train.data.packing import RowWriter, TrainBatch, place, vision_fits
 from train.data.samples import IGNORED
 from train.rl.groups import AdvantageName, Group, Rollout
-
-
-class RolloutBatch(NamedTuple):
-    """A micro-batch of sampled answers; a JAX pytree.
-
-    train: tokens and targets. The weights of an answer's sampled tokens add up to 1 where the loss is an average over
-      answers; those of tokens that the engine inserted are 0.
-    advantages: float32 [B, T], of the answer that a target belongs to.
-    logprobs: float32 [B, T], of each target under the distribution that it was drawn from; 0 where none was.
-    """
-
-    train: TrainBatch
-    advantages: np.ndarray
-    logprobs: np.ndarray
 
 
 class Answer(NamedTuple):
@@ -58,15 +40,15 @@ def micro_batches(
     *,
     average: str = "sample",
     advantage: AdvantageName = "mean_std",
-) -> list[RolloutBatch]:
+) -> list[TrainBatch]:
     """Pack groups into as few micro-batches as a greedy search finds, all of one shape.
 
     A group is kept together where it fits a micro-batch, so that its images are encoded once; one that does not is
     divided. Which answers share a micro-batch changes no number but by rounding.
 
     `average` is that of `train.data.packing.pack`, `advantage` of `Group.advantages`; answers from which nothing can be
-    learned take no room. DataError if a prompt with its answer is longer than a row, or its images do not fit the
-    vision rows.
+    learned take no room. Tokens that the engine inserted have a weight of 0. DataError if a prompt with its answer is
+    longer than a row, or its images do not fit the vision rows.
     """
     bins: list[list[Answer]] = []
     for part in sorted(_parts(groups, batch, advantage), key=lambda part: -sum(answer.length for answer in part)):
@@ -76,18 +58,6 @@ def micro_batches(
         else:
             room += part
     return [_packed(held, batch, config, average) for held in bins]
-
-
-def put(batch: RolloutBatch, mesh: Mesh) -> RolloutBatch:
-    """Put a micro-batch on the devices, its arrays with a first dimension of 1; every process has the whole of it."""
-    partition = spec(None, "batch")
-
-    def rows(array: np.ndarray) -> jax.Array:
-        sharding = jax.sharding.NamedSharding(mesh, partition)
-        return jax.make_array_from_callback((1, *array.shape), sharding, array[None].__getitem__)
-
-    train = placement.put(placement.stacked([batch.train]), mesh)
-    return RolloutBatch(train, rows(batch.advantages), rows(batch.logprobs))
 
 
 def _parts(groups: Sequence[Group], batch: BatchConfig, advantage: AdvantageName) -> list[list[Answer]]:
@@ -132,7 +102,7 @@ def _fits(answers: Sequence[Answer], batch: BatchConfig) -> bool:
     return fits_vision and place(lengths, batch.rows, batch.length, batch.per_row) is not None
 
 
-def _packed(answers: Sequence[Answer], batch: BatchConfig, config: Glm4vConfig, average: str) -> RolloutBatch:
+def _packed(answers: Sequence[Answer], batch: BatchConfig, config: Glm4vConfig, average: str) -> TrainBatch:
     shape, own = (batch.rows, batch.length), _media(answers)
     writer = RowWriter(*shape, list(own.values()), batch.vision_shape, config, average)
     shared = {medium: writer.features[own[medium.key]] for answer in answers for medium in answer.prompt.media}
@@ -150,4 +120,4 @@ def _packed(answers: Sequence[Answer], batch: BatchConfig, config: Glm4vConfig, 
         said = np.s_[row, here.start + first : here.stop]
         advantages[said] = answer.advantage
         logprobs[said] = np.where(rollout.is_sampled, rollout.logprobs, 0)
-    return RolloutBatch(writer.batch, advantages, logprobs)
+    return writer.batch._replace(reference=logprobs, advantages=advantages)

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from glm4v_jax.model.layers import Remat
+from train.data.packing import TrainBatch
 from train.rl.loss import Objective, PolicySums, policy_loss
-from train.rl.packing import RolloutBatch
 from train.state import Layout, Leaves, TrainState
 from train.step import UpdateMetrics, update
 
@@ -62,15 +62,15 @@ class PolicyStep:
     ):
         """Make the programs; all arguments but the objective of the loss are those of `train.step.make_step`."""
 
-        def sums_of(params: Leaves, frozen: Leaves, batch: RolloutBatch) -> tuple[Array, PolicySums]:
+        def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch) -> tuple[Array, PolicySums]:
             model, batch = layout.model(params, frozen, dtype), jax.tree.map(lambda x: x[0], batch)
-            hidden = model(batch.train.batch, remat=remat)
+            hidden = model(batch.batch, remat=remat)
             sums = policy_loss(model, hidden, batch, objective)
             return sums.loss, sums
 
         @functools.partial(jax.jit, donate_argnums=0)
         def policy_gradients(
-            found: tuple[Leaves, PolicySums], params: Leaves, frozen: Leaves, batch: RolloutBatch
+            found: tuple[Leaves, PolicySums], params: Leaves, frozen: Leaves, batch: TrainBatch
         ) -> tuple[Leaves, PolicySums]:
             gradients, sums = jax.grad(sums_of, has_aux=True)(params, frozen, batch)
             return jax.tree.map(jnp.add, found[0], gradients), found[1].plus(sums)
@@ -93,12 +93,12 @@ class PolicyStep:
         self.gradients, self.update = policy_gradients, policy_update
 
     def __call__(
-        self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float, position: int
+        self, state: TrainState, frozen: Leaves, batches: Iterable[TrainBatch], count: float, position: int
     ) -> tuple[TrainState, PolicyMetrics]:
         """Take a step; the state is donated.
 
         Args:
-          batches: micro-batches as `packing.put` returns them, which are taken one by one.
+          batches: micro-batches as `placement.put` returns them, which are taken one by one.
           count: what their loss is divided by: all answers that are learned from (`groups.num_samples`), or all their
             tokens where it is an average over these.
           position: in the schedule of the learning rate, from 0.

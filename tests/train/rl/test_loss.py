@@ -10,7 +10,6 @@ from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
 from train.data.packing import TrainBatch
 from train.rl.loss import Objective, policy_loss
-from train.rl.packing import RolloutBatch
 
 pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
@@ -70,7 +69,7 @@ def test_loss_and_gradients_equal_torch(checkpoints, theirs):
 
     weights = (counts / counts.sum(1, keepdims=True)).astype(np.float32)
     rows = np.broadcast_to(advantages[:, None], shape)
-    batch = RolloutBatch(TrainBatch(inputs, targets, weights), rows, before)
+    batch = TrainBatch(inputs, targets, weights, reference=before, advantages=rows)
 
     def loss(model):
         sums = policy_loss(model, model(inputs), batch, OBJECTIVE, chunk=16)

@@ -39,7 +39,7 @@ def group(asked, lengths, key="a", inserted=0, tokens=None):
 
 def answers_in(batch):
     """(row, segment) -> where its tokens are."""
-    segments = batch.train.batch.segment_ids
+    segments = batch.batch.segment_ids
     pairs = {
         (row, segment)
         for row, segment in zip(*np.nonzero(segments), strict=True)
@@ -53,8 +53,8 @@ def test_the_answers_to_one_prompt_share_its_images():
     groups = [group(prompt(text=8), [5, 3, 9, 4]), group(prompt(text=9), [5, 3], "b")]
     groups[1].prompt.media[0].patches[:] = groups[0].prompt.media[0].patches
     (batch,) = micro_batches(groups, BATCH, CONFIG)
-    assert np.count_nonzero(batch.train.batch.vision.segment_ids) == 24
-    index = batch.train.batch.vision_index
+    assert np.count_nonzero(batch.batch.vision.segment_ids) == 24
+    index = batch.batch.vision_index
     assert sorted(index[index >= 0]) == sorted([*range(6)] * 6)
     assert len(answers_in(batch)) == 6
 
@@ -65,12 +65,12 @@ def test_positions_are_the_prompts_whatever_is_sampled():
     asked = prompt()
     (batch,) = micro_batches([group(asked, [5, 5], tokens=planted)], BATCH, CONFIG)
     for (row, _), here in answers_in(batch).items():
-        found = batch.train.batch
+        found = batch.batch
         assert found.input_ids[row, here].tolist() == [*asked.input_ids, *planted[:-1]]
         assert np.array_equal(found.position_ids[:, row, here][:, : len(asked)], asked.position_ids)
         assert (found.position_ids[:, row, here][:, len(asked) :] == asked.next_position + np.arange(4)).all()
         assert (found.vision_index[row, here][len(asked) :] == -1).all()
-        assert batch.train.targets[row, here].tolist() == [-100] * (len(asked) - 1) + planted
+        assert batch.targets[row, here].tolist() == [-100] * (len(asked) - 1) + planted
 
 
 @pytest.mark.parametrize("average", ["sample", "token"])
@@ -81,23 +81,23 @@ def test_weights_are_of_sampled_tokens_alone(average):
     assert len(places) == 2  # nothing of the third was sampled
     for (row, _), here in places.items():
         said = here[len(one.prompt) - 1 :]
-        weights, n = batch.train.weights[row, said], len(said) - 2
+        weights, n = batch.weights[row, said], len(said) - 2
         assert weights.tolist() == pytest.approx([0, 0] + [1 / n if average == "sample" else 1] * n)
         (rollout,) = [one for one in one.rollouts if len(one) == len(said)]
-        assert np.array_equal(batch.logprobs[row, said], np.nan_to_num(rollout.logprobs))
+        assert np.array_equal(batch.reference[row, said], np.nan_to_num(rollout.logprobs))
         assert np.unique(batch.advantages[row, said]) == one.advantages()[[8, 4].index(len(said))]
-    assert batch.train.weights.sum() == pytest.approx(2 if average == "sample" else 8)
-    assert np.isfinite(batch.logprobs).all()
+    assert batch.weights.sum() == pytest.approx(2 if average == "sample" else 8)
+    assert np.isfinite(batch.reference).all()
 
 
 def test_every_answer_comes_once_in_batches_of_one_shape():
     """Those of a group that fits no micro-batch too."""
     groups = [group(prompt(i, 6 + i), [20 + i, 4, 9] * (1 + 3 * (i == 2)), str(i)) for i in range(5)]
     batches = micro_batches(groups, BATCH, CONFIG)
-    shapes = {tuple(x.shape for x in (*one.train.batch.vision, one.train.targets, one.advantages)) for one in batches}
+    shapes = {tuple(x.shape for x in (*one.batch.vision, one.targets, one.advantages)) for one in batches}
     assert len(shapes) == 1 and len(batches) < 6
     found = sorted(
-        tuple(one.train.targets[row, here][one.train.targets[row, here] >= 0]) for one in batches
+        tuple(one.targets[row, here][one.targets[row, here] >= 0]) for one in batches
         for (row, _), here in answers_in(one).items()
     )  # fmt: skip
     assert found == sorted(tuple(rollout.tokens) for one in groups for rollout in one.rollouts)
@@ -123,5 +123,5 @@ def test_what_fits_no_row_is_named(asked, fault):
 
 def test_a_batch_of_text_has_no_vision_rows():
     (batch,) = micro_batches([group(prompt(grids=()), [4, 4])], BatchConfig(rows=2, length=96, vision_rows=0), CONFIG)
-    assert batch.train.batch.vision is None and batch.train.batch.vision_index is None
+    assert batch.batch.vision is None and batch.batch.vision_index is None
     assert micro_batches([], BATCH, CONFIG) == []

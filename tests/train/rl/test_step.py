@@ -67,7 +67,7 @@ def test_ratios_are_one_at_other_temperatures(learner, sampled):
     @jax.jit
     def sums_of(params, frozen, batch):
         model, batch = learner.layout.model(params, frozen, np.float32), jax.tree.map(lambda x: x[0], batch)
-        return policy_loss(model, model(batch.train.batch), batch, objective)
+        return policy_loss(model, model(batch.batch), batch, objective)
 
     sums = PolicySums.zero()
     for batch in (batches := learner.batches(groups)):
@@ -165,7 +165,7 @@ def test_an_answer_twice_as_long_moves_nothing_else(learner, sampled):
         assert np.abs(value - changed_rest[path]).max() <= 2e-6 * max(scale[path], 1e-3), path
     for some in ([group], [longer]):
         (batch,) = learner.batches(some)
-        assert float(np.asarray(batch.train.weights).sum()) == pytest.approx(4, rel=1e-6)
+        assert float(np.asarray(batch.weights).sum()) == pytest.approx(4, rel=1e-6)
     assert float(sums.tokens) == 48
 
 
