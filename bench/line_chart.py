@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from train.data.histogram import round_step
+
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 26, 92, 44
 """Margins of a panel; in the upper one are its title and the names of up to four curves."""
@@ -103,9 +105,8 @@ def _panel(panel: Panel) -> Iterator[str]:
 
 
 def _from_zero(most: float) -> Axis:
-    """An axis up to `most`, in steps of the smallest of 1, 2, 5, 10, 20, ... that gives few enough parts."""
-    sizes = (10**power * step for power in range(20) for step in (1, 2, 5))
-    step = next(size for size in sizes if most / size <= _TICKS)
+    """An axis up to `most`, in round steps that give few enough parts."""
+    step = max(1, round(round_step(most / _TICKS)))
     return Axis(0, most, [(x, f"{x:,}") for x in range(0, int(most) + 1, step)], "sampled answers")
 
 

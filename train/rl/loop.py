@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.compilation_cache import compile_times
-from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, gathered, several
+from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, gathered
 from glm4v_jax.devices.mesh import reshaped, use_mesh
 from glm4v_jax.errors import ConfigError, counted, naming
 from glm4v_jax.generate.engine import Engine
@@ -174,8 +174,8 @@ class _Scorer:
 
     def __call__(self, texts: Sequence[tuple[Problem, str]]) -> Sequence[Reward]:
         tasks = [Task(problem.domain, text, problem.item) for problem, text in texts]
-        share = {"index": jax.process_index(), "count": jax.process_count(), "gather": gathered} if several() else {}
-        rewards = score_shared(self._score, tasks, **share)
+        share = {"index": jax.process_index(), "count": jax.process_count()}
+        rewards = score_shared(self._score, tasks, **share, gather=gathered)
         check_failures(tasks, rewards, self._most)
         return rewards if self._control is None else self._control(tasks, rewards)
 
