@@ -82,7 +82,7 @@ def _maker(
     """
 
     def make() -> Glm4v:
-        model = Glm4v.init(config, dtype=dtype)
+        model = Glm4v.zeros(config, dtype)
         if quantize is not None:
             model = quantize_model(model, quantize)
         if stored is not None:

@@ -53,6 +53,11 @@ class Start(NamedTuple):
         return len(self.prompt) + max(self.limit - self.step, self.room)
 
     @property
+    def is_decoded(self) -> bool:
+        """Whether tokens may follow the one that the prefill chooses."""
+        return self.capacity > len(self.prompt) + 1
+
+    @property
     def new_tokens(self) -> int:
         """Prompt tokens that the cache does not hold yet."""
         return len(self.prompt) - self.keep

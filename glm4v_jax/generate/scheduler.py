@@ -162,6 +162,8 @@ def run(
             running = {row: sequence for row, sequence in active.items() if row not in slots.prefilling}
             turns = {row: sequence.turn for row, sequence in running.items() if sequence.turn is not None}
             limit = min(limit, steps_beside(turns.values(), len(running)))
+            if all(row in begun and not begun[row].is_decoded for row in running):
+                limit = 0
             decoded = slots.decode(limit, idle=slots.num_rows - len(running) + 1 if busy else None, turns=turns)
             waiting.fill()
             slots.prefetch(_media(waiting))
@@ -177,8 +179,8 @@ def run(
                 if row in fresh:
                     token, told = fresh[row]
                     tokens = token + tokens
-                    if told is not None and logprobs is not None:
-                        logprobs = TokenLogprobs.joined([told, logprobs])
+                    if told is not None:
+                        logprobs = told if logprobs is None else TokenLogprobs.joined([told, logprobs])
                 if not tokens and not sequence.is_cancelled:
                     if done[row] and row not in slots.prefilling:
                         raise GenerationError("slots: found another user; expected one at a time")

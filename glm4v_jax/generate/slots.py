@@ -236,6 +236,8 @@ class Slots:
                 text, head, state.hidden, state.seen, state.row, np.ones(self.num_rows, np.bool_), self._row_of({}),
                 None, None, variant=variant,
             )  # fmt: skip
+            if not any(start.is_decoded for start in starts.values()):
+                return
             one = np.int32(1)
             device_steps.decode.prepare(text, head, state, one, one, None, None, num_steps=self._most, variant=variant)
 
@@ -304,9 +306,13 @@ class Slots:
     ) -> Decoded:
         """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default).
 
+        With 0 nothing is dispatched: all rows that run are done, as those are whose first token is their last.
         With prompt lookup steps until a row has `limit` tokens, perhaps a few more. `turns`: row -> what its
         grammar allows.
         """
+        if limit == 0:
+            none = Chosen(np.zeros((self.num_rows, 0), np.int32))
+            return Decoded(none, self._steps, np.ones(self.num_rows, np.bool_), np.int32(0))
         text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
         most = self._most

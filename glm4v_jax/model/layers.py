@@ -38,6 +38,9 @@ class Layers(nnx.Module):
     def init(cls, make: Callable[[Init], nnx.Module], num_layers: int, init: Init) -> Self:
         """Make new layers, stacked, each initialised from a key of its own."""
         layers = cls(num_layers)
+        if init.rngs is None:
+            layers.stacked = jax.vmap(lambda: make(init), axis_size=num_layers)()
+            return layers
         keys = jax.random.split(init.rngs.params(), num_layers)
         layers.stacked = jax.vmap(lambda key: make(Init(nnx.Rngs(params=key), init.stddev, init.dtype)))(keys)
         return layers

@@ -50,14 +50,16 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision:
 
 @dataclasses.dataclass
 class Init:
-    """How a constructor makes parameters: source of random numbers, standard deviation, and dtype."""
+    """How a constructor makes parameters: source of random numbers (None for zeros), standard deviation, and dtype."""
 
-    rngs: nnx.Rngs
+    rngs: nnx.Rngs | None
     stddev: float = 0.02
     dtype: DTypeLike = jnp.float32
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """Make a normally distributed parameter, sharded by its logical axes."""
+        if self.rngs is None:
+            return self.constant(0, shape, axes)
         mesh.check_divides(shape, axes)
         value = self.stddev * jax.random.normal(self.rngs.params(), shape, jnp.float32)
         return nnx.Param(mesh.reshard(value.astype(self.dtype), *axes))

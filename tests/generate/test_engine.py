@@ -89,6 +89,21 @@ def test_a_first_request_prepares_the_programs_that_it_runs_and_no_others(make_e
     assert {name for name, _ in prepared} == {"encode_wave", "prefill", "choose_first", "decode"}
     assert prepared <= ran
 
+    events.clear()
+    make_engine().generate(ask(image, "What is this?"), max_new_tokens=1, **GREEDY)
+    assert {name for _, name, _ in events}.isdisjoint({"decode"}) and {name for _, name, _ in events} >= {"prefill"}
+
+
+def test_a_first_token_that_is_the_last_is_not_decoded(engine):
+    whole = engine.generate("Hello", max_new_tokens=3, logprobs=2, **GREEDY)
+    before = engine.stats.dispatches
+    found = engine.generate("Hello", max_new_tokens=1, logprobs=2, **GREEDY)
+    assert engine.stats.dispatches == before
+    assert (found.tokens, found.finish_reason) == (whole.tokens[:1], "length")
+    assert found.logprobs == whole.logprobs[:1]
+    beside = engine.generate_many([Request("Hello", dict(max_new_tokens=n)) for n in (1, 3, 1)], **GREEDY)
+    assert [one.tokens for one in beside] == [whole.tokens[:n] for n in (1, 3, 1)]
+
 
 SAMPLED = dict(max_new_tokens=45, temperature=3.0, top_k=0, top_p=1.0, do_sample=True, seed=5)
 

@@ -113,6 +113,10 @@ def test_the_released_model_has_its_number_of_parameters():
     assert num_params(abstract) == 10_292_777_472
     assert num_params(abstract.visual) == 892_498_432
     assert num_params(abstract.language_model) == 8_779_522_048
+    zeros = jax.eval_shape(lambda: Glm4v.zeros(Glm4vConfig.glm4_1v_9b(), dtype=jnp.bfloat16))
+    assert jax.tree.structure(zeros) == jax.tree.structure(abstract)
+    same = jax.tree.map(lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding), zeros, abstract)
+    assert all(jax.tree.leaves(same))
 
 
 def test_packed_rows_do_not_see_each_other(checkpoints):

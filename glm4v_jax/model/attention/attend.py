@@ -93,6 +93,7 @@ def attend_with_weights(
     return jnp.moveaxis(einsum("bkgts,bksh->bkgth", p, v).astype(q.dtype), 3, 1), p
 
 
+@jax.jit  # traced and lowered once for layers that are one by one
 def attend_cached(
     q: Float[Array, "B T K G H"],
     cached: tuple[Float[Array, "B K S H"] | QuantizedSide, Float[Array, "B K S H"] | QuantizedSide],
