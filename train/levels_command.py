@@ -73,7 +73,7 @@ class MeasureLevels(Options):
         verifiers = make_verifiers(job.rl.verifiers, processor.thinking)
         with naming(self.config, begins=FIELDS), Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
             judges.start()
-            self_test(verifiers, problems.examples(), judges.score)
+            self_test(judges, problems.examples())
             from glm4v_jax.checkpoints.load import load_runtime
             from glm4v_jax.checkpoints.orbax_write import by_first
             from glm4v_jax.config.model import Glm4vConfig

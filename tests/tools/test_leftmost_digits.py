@@ -46,7 +46,7 @@ def test_a_job_takes_the_problems(tmp_path):
     verifiers = make_verifiers({tier: VerifierConfig(kind="counting") for tier in TIERS})
     problems = read_problems([str(path)], verifiers)
     with Judges(verifiers) as judges:
-        self_test(verifiers, problems.examples(), judges.score)
+        self_test(judges, problems.examples())
     assert [problems.domains.count(tier) for tier in TIERS] == [6] * 4
     asked = questions("left3", "train", 6)[2]
     problem = problems[problems.keys.index(asked.source)]

@@ -46,14 +46,17 @@ class Judges:
     >>> with Judges(make_verifiers({"counting": VerifierConfig(kind="counting")})) as judges:
     ...     [reward.value for reward in judges.score([Task("counting", "\\boxed{3}", {"answer": 3})])]
     [1.0]
+
+    Attributes:
+      verifiers: domain -> verifier.
     """
 
     def __init__(self, verifiers: Mapping[str, Verifier], processes: int = 2):
         """Start no process yet; each domain will have at most `processes` children."""
-        self._verifiers = dict(verifiers)
+        self.verifiers = dict(verifiers)
         self._pools = {
             domain: _Pool(domain, verifier.config, processes)
-            for domain, verifier in self._verifiers.items()
+            for domain, verifier in self.verifiers.items()
             if verifier.is_asked_further
         }
 
@@ -79,7 +82,7 @@ class Judges:
         return [reward if isinstance(reward, Reward) else reward.result() for reward in rewards]
 
     def _score(self, task: Task) -> "Reward | concurrent.futures.Future[Reward]":
-        verifier = self._verifiers[task.domain]
+        verifier = self.verifiers[task.domain]
         try:
             reward = verifier.score(task.text, task.item)
         except Exception as error:  # a fault of a rule costs an answer, and not the job

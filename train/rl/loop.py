@@ -102,7 +102,7 @@ def learn(
         judges = stack.enter_context(Judges(verifiers))
         with errors_of_all():
             judges.start()
-            self_test(verifiers, problems.examples(), judges.score)
+            self_test(judges, problems.examples())
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
         if (position := checkpoints.data) is not None:
             check_step(int(position["step"]), config)

@@ -5,14 +5,14 @@ and to another problem's different answer, on at least 95 % of them. Kinds that 
 less than all of it for another one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from eval.metrics import Reference
 from glm4v_jax.errors import ConfigError, DataError
-from train.rl.judging import Task
+from train.rl.judging import Judges, Task
 from train.rl.rules import GRADED
-from train.rl.verifiers import Reward, Verifier
+from train.rl.verifiers import Verifier
 
 _RIGHT = 0.95
 _TESTED = 1000
@@ -27,12 +27,8 @@ class Example(NamedTuple):
     source: str
 
 
-def self_test(
-    verifiers: Mapping[str, Verifier],
-    examples: Sequence[Example],
-    score: Callable[[Sequence[Task]], list[Reward]],
-) -> None:
-    """Test the verifiers, by domain, on the references of a job; `score`: texts -> rewards, such as `Judges.score`.
+def self_test(judges: Judges, examples: Sequence[Example]) -> None:
+    """Test the verifiers, by domain, on the references of a job.
 
     DataError if a verifier cannot read a reference, or does not find it right; ConfigError if it pays for wrong
     answers. Both name the domain and the row.
@@ -41,16 +37,16 @@ def self_test(
     for example in examples:
         by_domain.setdefault(example.domain, []).append(example)
     for domain, some in by_domain.items():
-        verifier = verifiers[domain]
+        verifier = judges.verifiers[domain]
         texts = [_reference_text(verifier, example) for example in some]
-        rewards = score([Task(domain, text, example.item) for text, example in zip(texts, some, strict=True)])
+        rewards = judges.score([Task(domain, text, example.item) for text, example in zip(texts, some, strict=True)])
         for example, text, reward in zip(some, texts, rewards, strict=True):
             if reward.value != 1:
                 raise DataError(
                     f"{example.source}: domain {domain!r}: found reward {reward.value:g} ({reward.reason}) for "
                     f"the reference, {text!r:.200}; expected 1"
                 )
-        _check_wrong(domain, verifier, some, texts, score)
+        _check_wrong(judges, domain, some, texts)
 
 
 def _reference_text(verifier: Verifier, example: Example) -> str:
@@ -61,17 +57,11 @@ def _reference_text(verifier: Verifier, example: Example) -> str:
         raise DataError(f"{example.source}: domain {example.domain!r}: {error}") from error
 
 
-def _check_wrong(
-    domain: str,
-    verifier: Verifier,
-    examples: Sequence[Example],
-    texts: Sequence[str],
-    score: Callable[[Sequence[Task]], list[Reward]],
-) -> None:
+def _check_wrong(judges: Judges, domain: str, examples: Sequence[Example], texts: Sequence[str]) -> None:
     """Check that wrong answers to some problems are not paid for."""
     step = max(1, len(examples) // _TESTED)
     numbers = range(0, len(examples), step)
-    is_graded = verifier.config.kind in GRADED
+    is_graded = judges.verifiers[domain].config.kind in GRADED
     others = _others(examples, texts)
     wrong: dict[str, list[tuple[int, str]]] = {
         "an empty answer": [(number, "") for number in numbers],
@@ -81,7 +71,7 @@ def _check_wrong(
         ],
     }
     for name, answers in wrong.items():
-        rewards = score([Task(domain, text, examples[number].item) for number, text in answers])
+        rewards = judges.score([Task(domain, text, examples[number].item) for number, text in answers])
         limit = 1.0 if is_graded and name == "the answer of another problem" else 0.0
         paid = [
             (number, text, reward)

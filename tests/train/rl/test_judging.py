@@ -60,7 +60,7 @@ def test_a_judge_that_pays_for_anything_is_refused():
     verifiers = judge(seconds=9, name="generous")
     examples = [Example("it", {"answer": str(number)}, f"data.jsonl:{number + 1}") for number in range(20)]
     with Judges(verifiers) as judges, pytest.raises(ConfigError, match=r"rl\.verifiers\.it: .* data\.jsonl:1, .*'"):
-        self_test(verifiers, examples, judges.score)
+        self_test(judges, examples)
 
 
 @pytest.mark.multiprocess
@@ -134,12 +134,12 @@ class Weak(Verifier):
 def test_a_weak_verifier_is_refused_with_its_domain_and_a_row():
     examples = [Example("count", {"answer": number}, f"data.jsonl:{number + 1}") for number in range(40)]
     strong = make_verifiers({"count": VerifierConfig(kind="counting")})
-    self_test(strong, examples, Judges(strong).score)
+    self_test(Judges(strong), examples)
     weak = {"count": Weak(VerifierConfig(kind="counting"))}
     with pytest.raises(
         ConfigError, match=r"rl\.verifiers\.count: found a reward of 1 for an empty answer .*data.jsonl:1,"
     ):
-        self_test(weak, examples, Judges(weak).score)
+        self_test(Judges(weak), examples)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def test_a_weak_verifier_is_refused_with_its_domain_and_a_row():
 def test_a_reference_that_is_not_right_is_refused_with_its_row(kind, item, message):
     verifiers = make_verifiers({"it": VerifierConfig(kind=kind)})
     with pytest.raises(DataError, match=message):
-        self_test(verifiers, [Example("it", item, "data.jsonl:9")], Judges(verifiers).score)
+        self_test(Judges(verifiers), [Example("it", item, "data.jsonl:9")])
 
 
 def test_graded_kinds_may_pay_a_part_for_another_answer():
     verifiers = make_verifiers({"it": VerifierConfig(kind="ocr")})
     examples = [Example("it", {"answer": f"2021-03-{day:02}"}, f"data.jsonl:{day}") for day in range(1, 29)]
-    self_test(verifiers, examples, Judges(verifiers).score)
+    self_test(Judges(verifiers), examples)
