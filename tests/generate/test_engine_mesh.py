@@ -71,5 +71,6 @@ def answers_on_mesh():
     from glm4v_jax.devices.mesh import make_mesh
     from glm4v_jax.generate.engine import Engine
 
-    one = Engine.from_pretrained(RANDOM_CHECKPOINT, mesh=make_mesh(**MESH))
+    # As on every platform but a CPU; commands have layers one by one on a mesh (`tests/cli/test_mesh.py`).
+    one = Engine.from_pretrained(RANDOM_CHECKPOINT, mesh=make_mesh(**MESH), stacked=True)
     return answers(Engine(one.model, one.processor, num_slots=4, capacity=256))

@@ -11,7 +11,7 @@ from glm4v_jax.model import kv_cache
 from glm4v_jax.model.attention.attend import Dropout, Mask, attend, attend_cached, attend_with_weights
 
 B, K, G, S, H = 2, 2, 4, 48, 8
-MESHES = [dict(seq=4), dict(data=2, kv=2, seq=2), dict(kv=2, q=2, seq=2)]
+MESHES = [dict(seq=4), dict(data=2, kv=2, q=2, seq=2)]
 LENGTHS = {4: [1, 5, 12, 13, 20, 48], 2: [1, 24, 25, 48]}
 """Size of axis seq -> new tokens: fewer than a shard of 12 or 24 slots has, as many, more, and as many as all have."""
 QUANTIZED = (1, 13, 25)
