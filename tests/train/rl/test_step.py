@@ -119,12 +119,12 @@ def test_nothing_is_compiled_after_the_first_step(learner, sampled, restored, lo
     learner.engine.update(learner.handover(state.params))
     learner.groups(prompts)
     with lowerings() as lowered:
-        for number, length in enumerate((1, 2, 4, 7, 10, 13, 17, 20)):
+        for number, length in enumerate((1, 4, 10, 20)):
             groups = learner.groups(prompts[: 1 + number * 3 % 8], samples=2, seed=number, max_new_tokens=length)
             state, metrics = learner.take(state, groups)
             learner.engine.update(learner.handover(state.params))
             assert float(metrics.ratio_dev) <= 2e-6
-    assert not lowered and int(state.step) == 9
+    assert not lowered and int(state.step) == 5
 
 
 def assert_equal(found, expected, tolerance):
