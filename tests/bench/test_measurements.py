@@ -103,9 +103,8 @@ def test_aot_has_a_table_for_inference_and_one_for_training():
 
 @pytest.fixture(scope="module")
 def packaged():
-    return Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT), Glm4vProcessor.from_pretrained(
-        TINY_CHECKPOINT
-    )
+    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, stacked=True)
+    return model, Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,8 @@ def test_prompt_lookup_copies_what_a_prompt_holds(tmp_path):
     order = np.random.default_rng(0).permutation(config["text_config"]["vocab_size"])
     successors = np.empty_like(order)
     successors[order] = np.roll(order, -1)
-    runtime = load_runtime(models.write_checkpoint(tmp_path / "copying", config, successors=successors))
+    path = models.write_checkpoint(tmp_path / "copying", config, successors=successors)
+    runtime = load_runtime(path, stacked=True)
     copy, edited, nothing = prompt_lookup.compare(runtime, successors, new_tokens=40, rounds=1)
     assert copy["tokens_equal"] and edited["tokens_equal"] and nothing["tokens_equal"]
     assert (copy["copied_tokens"], nothing["tokens_per_step"]) == (40, 1.0)

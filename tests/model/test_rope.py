@@ -124,7 +124,7 @@ def test_steps_across_the_limit_equal(tmp_path, name):
     config["text_config"] |= {"max_position_embeddings": 16, "rope_scaling": TYPES[name] | {"mrope_section": [1, 1, 2]}}
     write_checkpoint("base", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    model, reference = Glm4vForConditionalGeneration.from_pretrained(tmp_path), load_theirs(tmp_path)
+    model, reference = Glm4vForConditionalGeneration.from_pretrained(tmp_path, stacked=True), load_theirs(tmp_path)
     ids = np.random.RandomState(4).randint(0, 300, (1, 18))
     past = theirs = None
     for start, end in ((0, 14), (14, 15), (15, 16), (16, 17), (17, 18)):

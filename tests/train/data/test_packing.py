@@ -132,7 +132,7 @@ def scores(mesh):
     from glm4v_jax.hf.model import Glm4vForConditionalGeneration
     from train.loss import cross_entropy
 
-    model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
+    model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT, stacked=True)
     assert model.dtype == np.float32
 
     @jax.jit
