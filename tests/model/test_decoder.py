@@ -203,3 +203,11 @@ def test_dropout_applies_to_a_few_tokens_after_a_cache(ours):
     run = jax.jit(lambda text, key: text(x[:, few], positions[:, :, few], segments[:, few], cache, dropout_key=key)[0])
     one, other = (run(text, jax.random.key(seed)) for seed in (1, 2))
     assert np.abs(one - other)[0].max() > 1e-3
+
+
+def test_layers_one_by_one_share_the_trace_of_attention_to_a_cache(ours):
+    text = ours("base").module.language_model
+    x, positions, segments = example("base")
+    cache = init_cache(text_of("base"), B, 24, jnp.float32, stacked=False)
+    lowered = jax.jit(lambda text, cache: text(x, positions, segments, cache)[0]).lower(text, cache).as_text()
+    assert lowered.count(" @attend_cached(") == 1 + text.layers.num_layers > 2  # a definition, and the calls
