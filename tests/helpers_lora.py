@@ -99,7 +99,13 @@ def assert_logits(model: Glm4v, batch: Any, prompts: Prompts, expected: np.ndarr
     assert_close(np.asarray(logits_of(model, batch))[:rows, :tokens], expected, prompts.real)
 
 
+def loss_and_logits(model: Glm4v, batch: Any) -> tuple[Any, Any]:
+    """Mean cross entropy of all tokens but vision's, and the logits that it is of."""
+    logits = model.logits(model(batch))
+    labels = jnp.where(batch.segment_ids * (batch.input_ids < 300) > 0, batch.input_ids, -100)
+    return causal_lm_loss(logits, labels), logits
+
+
 def loss_of(model: Glm4v, batch: Any) -> Any:
     """Mean cross entropy of all tokens but vision's."""
-    labels = jnp.where(batch.segment_ids * (batch.input_ids < 300) > 0, batch.input_ids, -100)
-    return causal_lm_loss(model.logits(model(batch)), labels)
+    return loss_and_logits(model, batch)[0]

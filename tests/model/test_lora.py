@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers_lora import EVERY, IMAGE, assert_logits, batch_of, leaves_of, logits_of, loss_of, their_logits, trained
+from helpers_lora import (
+    EVERY,
+    IMAGE,
+    assert_logits,
+    batch_of,
+    leaves_of,
+    logits_of,
+    loss_and_logits,
+    loss_of,
+    their_logits,
+    trained,
+)
 from helpers_mesh import ROWS, write_grouped
 from reference import CONFIGS, assert_close, load_theirs
 
@@ -251,11 +262,10 @@ def compute(directory, sizes):
         params, frozen = split(adapter, lora.is_lora)
         layout = Layout.of(adapter)
 
-        def loss(params):
-            model = layout.model(params, frozen, jnp.float32)
-            return loss_of(model, batch), model.logits(model(batch))
+        def loss(params, frozen):
+            return loss_and_logits(layout.model(params, frozen, jnp.float32), batch)
 
-        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params, frozen)
         for path, gradient in gradients.items():
             assert gradient.sharding == params[path].sharding, path
         is_split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in params.values()]
