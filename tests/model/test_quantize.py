@@ -390,7 +390,7 @@ def compute(directory, integers, sizes):
             for path, leaf in leaves_of(model).items()
             if quantize.is_scale(path) or leaf.dtype == jnp.uint8
         }
-        everything = load_model(directory, config, quantize=quantize.QuantConfig(rest=True), stacked=False)
+        everything = load_model(directory, config, quantize=quantize.QuantConfig(rest=True))
         logits = np.asarray(logits_of(everything, batch_of(config, ROWS)[0]))
         is_split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in kept.values()]
         return (
