@@ -204,6 +204,11 @@ def main() -> int:
     parser.add_argument("--isa", choices=EMULATIONS, help="emulate a processor without wider vectors")
     parser.add_argument("--name", default="cpu_vs_torch", help="of the file in bench/results")
     arguments = parser.parse_args()
+    before = report.read(arguments.name) if (report.RESULTS / f"{arguments.name}.json").is_file() else None
+    if arguments.isa and before is None:
+        parser.error(
+            f"--isa: there is no record {arguments.name!r} of the processor itself to add to; run without it first"
+        )
     confined = EMULATIONS.get(arguments.isa, {})
     if "XLA_FLAGS" in confined:
         confined = confined | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {confined['XLA_FLAGS']}".strip()}
@@ -218,7 +223,6 @@ def main() -> int:
     if arguments.isa:
         for facts in figures["machine"].values():
             facts["processor"] = f"{facts['processor']}, emulated {arguments.isa}"
-    before = report.read(arguments.name) if (report.RESULTS / f"{arguments.name}.json").is_file() else None
     figures["others"] = others(figures, before)
     agree = f"greedy answers agree: {'yes' if figures['same_greedy_answer'] else 'NO'}"
     shown: list[report.Table | str] = [*tables(figures), agree, *report.profile_tables(figures["profiles"])]

@@ -154,7 +154,7 @@ def test_a_record_keeps_the_ratios_of_other_processors():
     assert kept == [("a", 1.0), ("b, emulated", 5.0)]
 
 
-def test_an_emulated_processor_confines_both_sides(monkeypatch, tmp_path):
+def test_an_emulated_processor_confines_both_sides_and_joins_a_record(monkeypatch, tmp_path, capsys):
     """The command, with sides that tell their environment."""
     seen, one = {}, cpu_vs_torch.EMULATIONS["AVX2"]
 
@@ -170,6 +170,14 @@ def test_an_emulated_processor_confines_both_sides(monkeypatch, tmp_path):
     line = cpu_vs_torch.SpeedLine("it", turns.TimedTask("work", {}), 1, "per s", "a", ("b",), 1.0)
     monkeypatch.setattr(cpu_vs_torch, "LINES", (line,))
     monkeypatch.setattr(sys, "argv", ["cpu_vs_torch", "--isa", "AVX2", "--rounds", "1"])
+    with pytest.raises(SystemExit):
+        cpu_vs_torch.main()
+    assert "no record 'cpu_vs_torch'" in " ".join(capsys.readouterr().err.split()) and not seen
+    monkeypatch.setattr(sys, "argv", ["cpu_vs_torch", "--rounds", "1"])
+    cpu_vs_torch.main()
+    monkeypatch.setattr(sys, "argv", ["cpu_vs_torch", "--isa", "AVX2", "--rounds", "1"])
     assert cpu_vs_torch.main() == 1  # no memory is as fast as that of the stubs
     assert seen == one | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_cpu_max_isa=AVX2"}
-    assert report.read("cpu_vs_torch")["machine"]["ours"]["processor"] == "a, emulated AVX2"
+    record = report.read("cpu_vs_torch")
+    assert record["machine"]["ours"]["processor"] == "a"
+    assert [run["processor"] for run in record["others"]] == ["a, emulated AVX2"]
