@@ -20,7 +20,7 @@ from glm4v_jax.console.answer_writer import AnswerWriter
 from glm4v_jax.console.options import ModelOptions
 from glm4v_jax.errors import CheckpointError, MediaError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stacked_layers")]
 
 
 @pytest.fixture

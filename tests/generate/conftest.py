@@ -9,7 +9,8 @@ def engine(mesh):
     """An engine of eight slots over the random checkpoint, float32.
 
     Its layers are stacked, as on every accelerator: programs compile in two thirds of the time. In the layout of a CPU
-    are the models of `tests/hf`, what commands load (`tests/cli`, `tests/eval`), and one in `test_engine.py`.
+    are the models of `tests/hf`, one in `test_engine.py`, and what commands load in `tests/cli/test_adapter.py`, in
+    `tests/eval/test_commands.py` and in processes of their own.
     """
     from helpers_checkpoints import RANDOM_CHECKPOINT
 

@@ -7,7 +7,7 @@ from glm4v_jax.cli.chat.session import Session
 
 
 @pytest.fixture(scope="module")
-def engine():
+def engine(stacked_layers):
     from glm4v_jax.generate.engine import Engine
 
     return Engine.from_pretrained(RANDOM_CHECKPOINT)

@@ -16,7 +16,7 @@ from glm4v_jax.inputs.media import load
 from glm4v_jax.inputs.media.load import load_image
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stacked_layers")]
 
 
 @pytest.fixture
