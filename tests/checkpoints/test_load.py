@@ -274,7 +274,7 @@ def test_leaves_are_found_again_without_another_trace(monkeypatch):
     first = [plan.abstract_leaves(config, **options) for options in asked]
     assert len({str(leaves) for leaves, _ in first}) == len(asked)
     first[0][0].clear()  # the caller's own
-    monkeypatch.setattr(plan.Glm4v, "init", None)
+    monkeypatch.setattr(plan.Glm4v, "zeros", None)
     again = [plan.abstract_leaves(CONFIG, **options) for options in asked]
     assert again[1:] == first[1:] and again[0][0].keys() == again[1][0].keys()
     with pytest.raises(TypeError, match="not callable"):
