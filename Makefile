@@ -36,7 +36,8 @@ INSTALL = $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") $(UV) pip install --quie
 	$(foreach url,$(PIP_EXTRA_INDEX_URL),--index "$(url)")
 else
 CREATE = $(PYTHON) -m venv $(VENV)
-INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
+# Modules are compiled as they are imported, as with uv: of all that is installed, few are.
+INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
 endif
 
 .NOTPARALLEL:
