@@ -36,8 +36,7 @@ INSTALL = $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") $(UV) pip install --quie
 	$(foreach url,$(PIP_EXTRA_INDEX_URL),--index "$(url)")
 else
 CREATE = $(PYTHON) -m venv $(VENV)
-# Modules are compiled as they are imported, as with uv: of all that is installed, few are.
-INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
