@@ -122,6 +122,11 @@ def test_few_queries_equal_dense_attention_over_a_cache(t):
     assert_close(compiled()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=2e-6)
 
 
+def attend_cached_anew(*args):
+    """Trace it again: of `attend_cached`, what was traced for another platform or size of cache would run."""
+    return jax.jit(lambda *args: attend_cached.__wrapped__(*args))(*args)
+
+
 def cached_case(t, s=40):
     """Queries, a cache with padding before it, the new tokens, and their segments: rows of different lengths."""
     q, *cached = random_qkv(20, t, s)
@@ -142,9 +147,9 @@ def test_a_large_cache_is_read_as_far_as_it_is_used(small_blocks, monkeypatch, u
     """In blocks where most of it is free, at once otherwise: the same result."""
     q, cached, new, segments, held = cached_case(2, 256)
     held = held * (np.arange(256) < used)
-    expected = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
+    expected = attend_cached_anew(q, cached, new, segments, held)
     monkeypatch.setattr(attend_module, "_LARGE_CACHE", 256)
-    found = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
+    found = attend_cached_anew(q, cached, new, segments, held)
     assert_close(found, expected, np.asarray(segments) > 0, tolerance=2e-6)
 
 
@@ -157,8 +162,7 @@ def test_an_int8_cache_equals_its_floats(small_blocks, monkeypatch, t, platform)
     cached, new = jax.tree.map(quantize_side, (cached, new))
     with monkeypatch.context() as patch:
         patch.setattr(mesh, "platform", lambda: platform)
-        # A function of its own, or what was traced for another platform would run.
-        found = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
+        found = attend_cached_anew(q, cached, new, segments, held)
     floats = [tuple(dequantize_side(side, jnp.float32) for side in sides) for sides in (cached, new)]
     expected = jax.jit(attend_cached)(q, *floats, segments, held)
     assert_close(found, expected, np.asarray(segments) > 0, tolerance=2e-6)
