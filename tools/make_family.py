@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from tools import make_random
 from tools.make_random import Tensor, bias, linear, scale
-from tools.tiny_assets import json_bytes, write_files
+from tools.tiny_assets import json_bytes, processor_config, write_files
 
 TEMPLATE = Path(__file__).parents[1] / "glm4v_jax" / "tiny" / "family_chat_template.jinja"
 """chat_template.jinja of GLM-OCR (MIT license), character for character; its siblings' are of the same family."""
@@ -211,48 +211,36 @@ def ocr_weights(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes
     return {"model.safetensors": files["model-00001-of-00001.safetensors"]}
 
 
-def preprocessor(**more: Any) -> dict[str, Any]:
-    """preprocessor_config.json as all releases have it."""
-    return {
-        "size": {"shortest_edge": 12544, "longest_edge": 9633792},
-        "do_rescale": True,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        **more,
-    }
-
-
 def flash_processors() -> dict[str, Any]:
     """A file for the images and one for the videos."""
-    owner = {"processor_class": "Glm46VProcessor"}
-    video = preprocessor(video_processor_type="Glm46VVideoProcessor", **owner)
+    owner: dict[str, Any] = {"processor_class": "Glm46VProcessor"}
     return {
-        "preprocessor_config.json": preprocessor(image_processor_type="Glm46VImageProcessor", **owner),
-        "video_preprocessor_config.json": {**video, "size": {"shortest_edge": 12544, "longest_edge": 47040000}},
+        "preprocessor_config.json": processor_config(image_processor_type="Glm46VImageProcessor", **owner),
+        "video_preprocessor_config.json": processor_config(
+            longest_edge=47040000, video_processor_type="Glm46VVideoProcessor", **owner
+        ),
     }
 
 
 def glmga_processors() -> dict[str, Any]:
     """All in one file, as transformers 5 writes it."""
-    video = preprocessor(
-        video_processor_type="GlmgaVideoProcessor", fps=2, max_frames=640, patch_expand_factor=1, do_sample_frames=True
-    )
+    video = processor_config(
+        longest_edge=87478720, video_processor_type="GlmgaVideoProcessor", fps=2, max_frames=640, patch_expand_factor=1,
+        do_sample_frames=True,
+    )  # fmt: skip
     return {
         "processor_config.json": {
-            "image_processor": preprocessor(image_processor_type="GlmgaImageProcessor", patch_expand_factor=1),
+            "image_processor": processor_config(image_processor_type="GlmgaImageProcessor", patch_expand_factor=1),
             "processor_class": "Glm46VProcessor",
-            "video_processor": {**video, "size": {"shortest_edge": 12544, "longest_edge": 87478720}},
+            "video_processor": video,
         }
     }
 
 
 def ocr_processors() -> dict[str, Any]:
     """One file, for the images; videos take the class that belongs to it, and its size."""
-    names = {"image_processor_type": "Glm46VImageProcessor", "processor_class": "Glm46VProcessor"}
-    return {"preprocessor_config.json": preprocessor(**names)}
+    names: dict[str, Any] = {"image_processor_type": "Glm46VImageProcessor", "processor_class": "Glm46VProcessor"}
+    return {"preprocessor_config.json": processor_config(**names)}
 
 
 def tokenizer_files(written_by_5: bool) -> dict[str, Any]:
